@@ -1,0 +1,50 @@
+"""Shared by the tests: the project on the import path, the `slow` marker, and the real data beside the project."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; left out unless --slow is given")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow; run with --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def real_mnist():
+    """The folder that holds the four-byte-headed MNIST files, where it lies beside the project."""
+    folder = SHARED / "mnist"
+    if not (folder / "train-images-idx3-ubyte.gz").exists():
+        pytest.skip(f"needs the real MNIST files in {folder}")
+    return folder
+
+
+@pytest.fixture
+def real_radolan():
+    """The folder of real RADOLAN composites, where it lies beside the project."""
+    folder = SHARED / "radolan"
+    if not folder.exists():
+        pytest.skip(f"needs the real RADOLAN composites in {folder}")
+    return folder
