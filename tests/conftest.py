@@ -48,3 +48,17 @@ def real_radolan():
     if not folder.exists():
         pytest.skip(f"needs the real RADOLAN composites in {folder}")
     return folder
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model_class, frames, size=64, channels=1, **options):
+    """Multiply-accumulates of one sequence of that many frames, counted by torch without computing anything."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        side = (size, size) if isinstance(size, int) else size
+        model_class(channels=channels, size=size, **options)(torch.empty(1, frames, channels, *side))
+    return counter.get_total_flops() / 2
