@@ -1,0 +1,442 @@
+"""Sources of frames, and pictures of frames: frames in, frames out.
+
+Every dataset is, in the end, clips: float frames in [0, 1], shape (B, T, C, H, W), on the device that trains. `open_data`
+gives an object with the one small interface of `Clips`, and a training batch is a pure function of (seed, iteration): a
+resumed or repeated run sees the same data, on any number of processes, on the CPU and on CUDA alike.
+
+    clips = open_data("moving_mnist", data_dir="data", setup="patch4")
+    frames = clips.train(seed=0, iteration=0, batch=8)      # (8, 20, 1, 64, 64), float32 in [0, 1]
+    frames = clips.test(0, 100)                             # the first hundred test sequences
+
+Sections: files; draws; Clips; Moving MNIST and moving digits; opening; pictures.
+"""
+
+import gzip
+import hashlib
+import os
+import struct
+import tempfile
+import time
+import urllib.request
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+class DataError(Exception):
+    """Data that cannot be used. Its message is one line that names the file, the fault and the way out."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+def write_whole(path, content):
+    """Write a file so that it appears whole or not at all, also when the process is killed or the disk is full.
+
+    content: bytes, or a function that is called with the open binary file and writes to it. Returns the path.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------- draws
+
+TRAIN, VALID, TEST, ORDER, STROKES = range(5)  # independent streams of random numbers
+FIXED_SEED = 2015                              # of every fixed set: these never depend on the seed of a run
+
+
+def draws(stream, seed, step, rows, columns):
+    """Raw random numbers, uint32 of shape (rows, columns), that depend on (stream, seed, step) alone.
+
+    Rows are drawn one after the other, so row j is the same however many rows are asked for. Philox's raw output is the
+    same in every version of NumPy and on every machine, which its higher-level methods do not promise.
+    """
+    key = np.array([seed % 2**64, stream << 56 | step], dtype=np.uint64)
+    count = rows * columns
+    raw = np.random.Philox(key=key).random_raw((count + 1) // 2)
+    return raw.astype("<u8").view("<u4")[:count].reshape(rows, columns)
+
+
+def below(raw, n):
+    """Whole numbers 0 … n - 1, uniform, from raw uint32 draws: the high part of raw · n (n up to 2^32)."""
+    return (raw.astype(np.uint64) * np.uint64(n) >> np.uint64(32)).astype(np.int64)
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed, epoch, count):
+    return np.argsort(draws(ORDER, seed, epoch, count, 2).view("<u8")[:, 0], kind="stable")
+
+
+def fixed_order(seed, iteration, batch, count):
+    """Which of `count` fixed training clips make up a batch: int64 (batch,).
+
+    Every epoch is a permutation of its own, and a batch may straddle two of them.
+    """
+    places = iteration * batch + np.arange(batch)
+    return np.array([_epoch_order(seed, int(place) // count, count)[place % count] for place in places], np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------- clips
+
+class Clips:
+    """What every dataset offers.
+
+    name          such as "moving_mnist"
+    test_set      a short text that says which test set this is
+    channels      C;  size: (H, W)
+    frames_in     frames a model reads;  horizon: frames it forecasts in training;  test_horizon: in the test
+    unit          of `to_units`, such as "mm/h", or None where pixels have no unit
+    train_count   number of different training clips, None if they never end;  valid_count, test_count: of those sets
+    """
+
+    unit = None
+
+    def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
+        """The training batch of an iteration: float32 (b, frames_in + horizon, C, H, W) in [0, 1].
+
+        A pure function of (seed, iteration, batch); `share` cuts rows out of the whole batch, for one of several processes.
+        """
+        raise NotImplementedError
+
+    def valid(self, start, stop, device="cpu"):
+        """Clips start … stop - 1 of the fixed validation set, cut from the training side, shaped as in `train`."""
+        raise NotImplementedError
+
+    def test(self, start, stop, device="cpu"):
+        """Clips start … stop - 1 of the fixed test set: float32 (b, frames_in + test_horizon, C, H, W) in [0, 1]."""
+        raise NotImplementedError
+
+    def test_mask(self, start, stop, device="cpu"):
+        """Where scores count: bool of the shape of `test(start, stop)`, or None for everywhere."""
+        return None
+
+    def to_units(self, frames):
+        """Network pixels in [0, 1] as the data's own units (`unit`)."""
+        return frames
+
+    def info(self):
+        """What a run's configuration and log say about its data; JSON-safe."""
+        names = ("name", "test_set", "channels", "size", "frames_in", "horizon", "test_horizon", "unit",
+                 "train_count", "valid_count", "test_count")
+        return {name: getattr(self, name) for name in names}
+
+
+def _over_255(levels):
+    """uint8 tensor -> float32 in [0, 1], the same bits on the CPU and on CUDA.
+
+    By a tensor: CUDA multiplies by the reciprocal when it divides by a Python number.
+    """
+    return levels.float() / torch.full((), 255.0, device=levels.device)
+
+
+# ------------------------------------------------------------------------------------------ Moving MNIST, moving digits
+
+CANVAS, DIGIT, PLAY = 64, 28, 36    # pixels; a digit's corner has 64 - 28 = 36 pixels of play
+ONE = 1 << 24                       # positions and velocities are whole multiples of 2^-24 of a pixel
+DRAWS_PER_SEQUENCE = 10             # (which digit, start y, start x, direction, speed) of two digits
+
+
+def trajectories(raw, setup, frames, digit_count):
+    """The motion of two digits, in whole numbers, from raw draws (B, 10).
+
+    Returns which (B, 2), the digits' numbers, and corners (B, frames, 2, 2), the (y, x) pixel of their upper left corner,
+    both int64. The set-ups follow the two generators in use:
+
+    patch4 (Srivastava et al. 2015): 3.6 pixels a frame; a step moves first, then a coordinate that has left [0, 36] is
+    clamped to the edge and its velocity flips; frame 0 is after the first step; positions truncate to whole pixels.
+    fullres (MS-LSTM): a whole speed of 2 to 6 pixels a frame; frame 0 is the start; a velocity component flips when the next
+    position would pass -2 or 38, then the digit moves. The spec is silent on rounding; to the nearest pixel here, since
+    truncation would treat -1.5 and 37.5 differently.
+    """
+    raw = raw.reshape(len(raw), 2, 5)
+    which = below(raw[..., 0], digit_count)
+    position = below(raw[..., 1:3], PLAY * ONE + 1)                                          # (B, 2, 2)
+    angle = raw[..., 3] * (2 * np.pi / 2**32)
+    speed = 2 + below(raw[..., 4], 5) if setup == "fullres" else 3.6
+    velocity = np.stack([np.sin(angle), np.cos(angle)], -1) * np.expand_dims(speed, -1)
+    velocity = np.rint(velocity * ONE).astype(np.int64)                                      # (B, 2, 2)
+    corners = np.empty((len(raw), frames, 2, 2), np.int64)
+    for t in range(frames):
+        if setup == "fullres":
+            corners[:, t] = position + ONE // 2 >> 24
+            after = position + velocity
+            velocity = np.where((after < -2 * ONE) | (after > (PLAY + 2) * ONE), -velocity, velocity)
+            position = position + velocity
+        else:
+            position = position + velocity
+            left = (position < 0) | (position > PLAY * ONE)
+            position = position.clip(0, PLAY * ONE)
+            velocity = np.where(left, -velocity, velocity)
+            corners[:, t] = position >> 24
+    return which, corners
+
+
+def draw_digits(padded, which, corners, overlap):
+    """Draw two moving digits per sequence: uint8 (B, T, 1, 64, 64).
+
+    padded (N, 30, 30): digits with one pixel of zeros around them, so that an index clamped to the border reads black: no
+    mask, and what leaves the canvas is cut off. which (B, 2); corners (B, T, 2, 2); all on one device. overlap: "max" or
+    "add" (which clips at 255).
+    """
+    pixels = torch.arange(CANVAS, device=padded.device)
+    inside = (pixels - corners[..., None] + 1).clamp_(0, DIGIT + 1)                          # (B, T, 2, 2, 64)
+    rows, columns = inside[..., 0, :], inside[..., 1, :]                                     # (B, T, 2, 64)
+    rows = (which[:, None, :, None] * (DIGIT + 2) + rows) * (DIGIT + 2)
+    first, second = torch.take(padded, rows[..., None] + columns[..., None, :]).unbind(2)    # (B, T, 64, 64)
+    frames = torch.maximum(first, second) if overlap == "max" else first + torch.minimum(second, 255 - first)
+    return frames[:, :, None]
+
+
+class MovingDigits(Clips):
+    """Two digits that bounce in a 64×64 frame: Moving MNIST (Srivastava et al. 2015), from any set of digits.
+
+    train_digits, test_digits: uint8 (N, 28, 28). held_back: so many of the last training digits are kept for validation and
+    never trained on. In an endless generator nothing else keeps the two apart. Validation has 500 sequences.
+    standard: the standard test file as an array (20, 10000, 64, 64), to be used instead of the generated test sequences.
+    """
+
+    channels, size = 1, (CANVAS, CANVAS)
+    valid_count = 500
+
+    def __init__(self, name, train_digits, test_digits, held_back, setup="patch4", frames_in=None, horizon=None, standard=None):
+        self.name, self.setup = name, setup
+        self.frames_in = frames_in or 10
+        self.horizon = self.test_horizon = horizon or 10
+        self.overlap = "add" if setup == "fullres" else "max"
+        self.train_count = 10_500 if setup == "fullres" else None
+        self.test_count = 4_500 if setup == "fullres" else 10_000
+        self.test_set = f"{name}, {self.test_count} generated sequences ({setup} rules)"
+        self.standard = None
+        if standard is not None and setup == "patch4" and self.frames_in + self.horizon <= len(standard):
+            self.standard, self.test_count = standard, standard.shape[1]
+            self.test_set = f"mnist_test_seq.npy, the standard {self.test_count} sequences"
+        self._digits = {"train": _pad(train_digits[:-held_back]), "valid": _pad(train_digits[-held_back:]),
+                        "test": _pad(test_digits)}
+        self._on_device = {}
+        if self.train_count:
+            self._train_table = draws(TRAIN, FIXED_SEED, 0, self.train_count, DRAWS_PER_SEQUENCE)
+        self._tables = {"valid": draws(VALID, FIXED_SEED, 0, self.valid_count, DRAWS_PER_SEQUENCE),
+                        "test": draws(TEST, FIXED_SEED, 0, self.test_count, DRAWS_PER_SEQUENCE)}
+
+    def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
+        if self.train_count:
+            raw = self._train_table[fixed_order(seed, iteration, batch, self.train_count)[share]]
+        else:
+            raw = draws(TRAIN, seed, iteration, batch, DRAWS_PER_SEQUENCE)[share]
+        return self._film("train", raw, device)
+
+    def valid(self, start, stop, device="cpu"):
+        return self._film("valid", self._tables["valid"][start:stop], device)
+
+    def test(self, start, stop, device="cpu"):
+        if self.standard is None:
+            return self._film("test", self._tables["test"][start:stop], device)
+        frames = self.standard[:self.frames_in + self.horizon, start:stop].swapaxes(0, 1)
+        return _over_255(torch.from_numpy(np.ascontiguousarray(frames))[:, :, None].to(device))
+
+    def _film(self, part, raw, device):
+        key = part, str(device)
+        if key not in self._on_device:
+            self._on_device[key] = self._digits[part].to(device)
+        padded = self._on_device[key]
+        which, corners = trajectories(raw, self.setup, self.frames_in + self.horizon, len(padded))
+        which, corners = torch.from_numpy(which).to(device), torch.from_numpy(corners).to(device)
+        return _over_255(draw_digits(padded, which, corners, self.overlap))
+
+
+def _pad(digits):
+    return torch.from_numpy(np.pad(digits, ((0, 0), (1, 1), (1, 1))))
+
+
+MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MNIST_FILES = {  # name: (number of digits, SHA-256 of the unpacked file)
+    "train-images-idx3-ubyte": (60_000, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+    "t10k-images-idx3-ubyte": (10_000, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+}
+
+
+def mnist_digits(folder, name):
+    """The digits of one MNIST file, uint8 (N, 28, 28), downloaded into `folder` first if they are not there.
+
+    The file may lie there plain or as .gz. Raises DataError if it is not the MNIST file, whole, or cannot be had.
+    """
+    count, checksum = MNIST_FILES[name]
+    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
+    if path is None:
+        path = folder / f"{name}.gz"
+        _download_mnist(path, checksum)
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}): delete it to have it downloaded again") from None
+    if hashlib.sha256(content).hexdigest() != checksum:
+        raise DataError(f"{path} is not the MNIST file of that name (its checksum differs): delete it to have it downloaded")
+    return np.frombuffer(content, np.uint8, offset=16).reshape(count, DIGIT, DIGIT)
+
+
+def _download_mnist(path, checksum):
+    """Download path.name from a mirror; it appears under its name only once its unpacked content has the checksum."""
+    faults = []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for mirror in MNIST_MIRRORS:
+            try:
+                return write_whole(path, lambda file: file.write(_fetch(mirror + path.name, checksum)))
+            except (OSError, EOFError, zlib.error, ValueError) as error:  # URLError and time-outs are OSErrors
+                faults.append(f"{mirror.split('/')[2]}: {error}")
+    except OSError as error:
+        faults.append(str(error))
+    raise DataError(f"cannot download {path.name} ({'; '.join(faults)}): put the file into {path.parent}, or use "
+                    f"--data moving_digits, which needs none")
+
+
+def _fetch(url, checksum, silence=30, limit=600):
+    """The bytes behind a URL, with a progress bar. Gives up after `silence` seconds without data or `limit` in all."""
+    started, parts = time.monotonic(), []
+    with urllib.request.urlopen(url, timeout=silence) as response:
+        total = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1], leave=False) as bar:
+            while part := response.read(1 << 16):
+                parts.append(part)
+                bar.update(len(part))
+                if time.monotonic() - started > limit:
+                    raise TimeoutError(f"not done after {limit} seconds")
+    content = b"".join(parts)
+    if hashlib.sha256(gzip.decompress(content)).hexdigest() != checksum:
+        raise ValueError("what it sent is not the file (its checksum differs)")
+    return content
+
+
+def open_moving_mnist(folder, setup="patch4", frames_in=None, horizon=None):
+    """Moving MNIST from the real digits in `folder`; `mnist_test_seq.npy` there is the test set of patch4.
+
+    The last 2,000 of the 60,000 training digits are for validation.
+    """
+    train, test = (mnist_digits(folder, name) for name in MNIST_FILES)
+    standard, path = None, folder / "mnist_test_seq.npy"
+    if setup == "patch4" and path.exists():
+        try:
+            standard = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path} is damaged ({error}): remove it, and generated test sequences are used") from None
+        if standard.dtype != np.uint8 or standard.shape != (20, 10_000, CANVAS, CANVAS):
+            raise DataError(f"{path} has {standard.dtype} {standard.shape}, not uint8 (20, 10000, 64, 64): remove it, and "
+                            f"generated test sequences are used")
+    return MovingDigits("moving_mnist", train, test, 2_000, setup, frames_in, horizon, standard)
+
+
+# Strokes of the ten digits in a box of 1 by 1, y downwards: smooth curves through these points. A point given twice in a
+# row makes a corner.
+STROKES_OF = {
+    0: ["50,0 20,12 8,50 20,88 50,100 80,88 92,50 80,12 50,0"],
+    1: ["30,22 55,0 55,0 55,50 55,100"],
+    2: ["12,24 24,6 52,0 80,10 84,32 62,62 12,100 12,100 50,98 90,100"],
+    3: ["14,12 46,0 78,12 74,36 44,48 44,48 78,58 86,80 60,99 30,98 10,86"],
+    4: ["60,0 36,36 8,68 8,68 50,67 94,66", "70,34 68,66 66,100"],
+    5: ["84,0 24,2 24,2 18,44 18,44 50,36 82,48 86,76 60,98 12,92"],
+    6: ["70,0 34,24 14,62 26,94 56,100 82,84 76,58 48,50 18,68"],
+    7: ["10,4 50,2 90,2 90,2 62,48 40,100"],
+    8: ["52,48 22,32 24,8 50,0 76,8 78,30 52,48 18,68 16,90 48,100 82,90 84,68 52,48"],
+    9: ["82,30 62,50 30,48 14,28 28,6 58,0 80,12 82,30 78,66 64,100"],
+}
+
+
+def stroke_digits(count, step):
+    """Digits that the program draws itself: uint8 (count, 28, 28), the classes 0 … 9 in turn.
+
+    Strokes with random slant, rotation, scale, thickness and jitter of their points, anti-aliased by the distance of each
+    pixel's centre to the nearest segment. `step` chooses a set; the same always gives the same digits.
+    """
+    images = np.zeros((count, DIGIT, DIGIT), np.uint8)
+    for label, strokes in STROKES_OF.items():
+        rows = range(label, count, 10)
+        strokes = [np.array([point.split(",") for point in stroke.split()], float) / 100 - 0.5 for stroke in strokes]
+        points = sum(len(stroke) for stroke in strokes)
+        uniform = draws(STROKES, FIXED_SEED, step * 10 + label, len(rows), 8 + 2 * points) / 2**31 - 1    # in [-1, 1)
+        slant, turn, wide, high, thick, y, x, _ = uniform[:, :8].T
+        jitter = uniform[:, 8:].reshape(len(rows), points, 2) * 0.05
+        slant, turn = 0.12 + 0.25 * slant, 0.12 * turn
+        width, height = 13 + 3 * wide, 19 + 1.5 * high                                       # pixels
+        nearest = np.full((len(rows), DIGIT, DIGIT), np.inf)
+        for stroke in strokes:
+            bent = stroke + jitter[:, :len(stroke)]
+            repeats = (np.diff(stroke, axis=0) == 0).all(1)
+            bent[:, 1:][:, repeats] = bent[:, :-1][:, repeats]                               # a corner stays one
+            jitter = jitter[:, len(stroke):]
+            line = _smooth(bent)                                                             # (n, P, 2), (x, y)
+            line_x = (line[..., 0] - slant[:, None] * line[..., 1]) * width[:, None]
+            line_y = line[..., 1] * height[:, None]
+            cos, sin = np.cos(turn)[:, None], np.sin(turn)[:, None]
+            line = np.stack([line_x * cos - line_y * sin + 13.5 + x[:, None],
+                             line_x * sin + line_y * cos + 13.5 + y[:, None]], -1)
+            for a, b in zip(line.swapaxes(0, 1)[:-1], line.swapaxes(0, 1)[1:]):              # (n, 2) each
+                np.minimum(nearest, _squared_distance(a, b), out=nearest)
+        ink = (1.35 + 0.45 * thick)[:, None, None] + 0.5 - np.sqrt(nearest)
+        images[label::10] = np.rint(255 * ink.clip(0, 1))
+    return images
+
+
+def _smooth(points, pieces=3):
+    """A Catmull-Rom curve through (n, P, 2) points, as (n, (P - 1)·pieces + 1, 2) points on it."""
+    before = np.concatenate([points[:, :1], points[:, :-1]], 1)
+    after = np.concatenate([points[:, 1:], points[:, -1:]], 1)
+    tangent = (after - before) / 2
+    repeats = (points[:, 1:] == points[:, :-1]).all((0, 2))                                  # corners: no common tangent
+    tangent[:, :-1][:, repeats] = tangent[:, 1:][:, repeats] = 0
+    p, q, v, w = points[:, :-1], points[:, 1:], tangent[:, :-1], tangent[:, 1:]
+    curve = [p + u * v + u * u * (3 * (q - p) - 2 * v - w) + u**3 * (2 * (p - q) + v + w)
+             for u in np.arange(pieces) / pieces]
+    line = np.stack(curve, 2).reshape(len(points), -1, 2)
+    keep = np.repeat(~repeats, pieces)
+    return np.concatenate([line[:, keep], points[:, -1:]], 1)
+
+
+def _squared_distance(a, b):
+    """Of each pixel's centre to the segments from a to b, both (n, 2) as (x, y): (n, 28, 28)."""
+    pixels = np.arange(DIGIT, dtype=float)
+    x, y = pixels[None, None, :] - a[:, 0, None, None], pixels[None, :, None] - a[:, 1, None, None]
+    dx, dy = (b - a)[:, 0, None, None], (b - a)[:, 1, None, None]
+    squared = dx * dx + dy * dy + 1e-12
+    along = (x * (dx / squared) + y * (dy / squared)).clip(0, 1)
+    return (x - along * dx)**2 + (y - along * dy)**2
+
+
+def open_moving_digits(setup="patch4", frames_in=None, horizon=None):
+    """The generator of Moving MNIST over digits drawn by the program: needs no file and no network. Never called MNIST.
+
+    2,200 training digits, the last 200 of them for validation, and 500 test digits.
+    """
+    return MovingDigits("moving_digits", stroke_digits(2_200, 0), stroke_digits(500, 1), 200, setup, frames_in, horizon)
+
+
+# -------------------------------------------------------------------------------------------------------------- opening
+
+def open_data(name_or_path, data_dir="data", setup="patch4", frames_in=None, horizon=None, normalize=False, box=None):
+    """Open a dataset by name, or a file of your own by its path: a `Clips`.
+
+    data_dir: the folder where datasets lie or are downloaded to. setup: "patch4" or "fullres", where a dataset differs
+    between them. frames_in, horizon: override the dataset's. Raises DataError, one line, for whatever cannot be used.
+    """
+    for option, value in (("--frames-in", frames_in), ("--horizon", horizon)):
+        if value is not None and value < 1:
+            raise DataError(f"{option} {value}: at least 1 frame is needed")
+    if name_or_path == "moving_mnist":
+        return open_moving_mnist(Path(data_dir) / "mnist", setup, frames_in, horizon)
+    if name_or_path == "moving_digits":
+        return open_moving_digits(setup, frames_in, horizon)
+    raise DataError(f"no dataset and no file is called {name_or_path}; datasets: moving_mnist, moving_digits")
