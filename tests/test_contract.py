@@ -112,7 +112,7 @@ def test_overfits_one_batch(name, setup, variant):
     model = small(name, setup, variant, hidden=16)
     frames = (torch.rand(2, 5, 1, 4, 4) > 0.5).float().repeat_interleave(4, 3).repeat_interleave(4, 4)
     optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
-    for _ in range(120):
+    for _ in range(200):
         losses.append(((model(frames) - frames[:, 1:]) ** 2).sum((2, 3, 4)).mean())
         optimizer.zero_grad()
         losses[-1].backward()
