@@ -1,0 +1,381 @@
+"""Scores of predicted frames, the table at the end of a run, and curves as SVG.
+
+Frames are tensors (B, T, C, H, W) with values in [0, 1], scored where they lie (CPU or CUDA) in float64.
+
+    scores = frame_scores(pred, truth)              # {"mse": (B, T), "mae": …, "psnr": …, "ssim": …, …}
+    summary = summarize(scores)                     # {"mse": {"mean": 61.2, "frames": [40.1, …]}, …}, fit for JSON
+    counts = rain_counts(pred_mm, truth_mm)         # hits, misses, … per threshold and lead time: add them up
+    summary |= csi_hss(counts)                      # {"csi_0.5": {"mean": …, "frames": […]}, …}
+    print(table({"forecast": summary, …}))
+    svg = curve_panels_svg(score_panels({"ConvLSTM": summary}))
+"""
+
+import math
+from html import escape
+
+import torch
+
+RAIN_THRESHOLDS = (0.5, 2, 5)  # mm/h
+NAMES = {  # metric -> its name in a table, its name and unit on an axis
+    "mse": ("MSE", "MSE (sum over a frame)"),
+    "mae": ("MAE", "MAE (sum over a frame)"),
+    "psnr": ("PSNR", "PSNR (dB)"),
+    "ssim": ("SSIM", "SSIM (1 = identical)"),
+    "psnr_float": ("PSNR*", "PSNR on floats (dB)"),
+    "ssim_gaussian": ("SSIM*", "SSIM, Gaussian window (1 = identical)"),
+}
+for _threshold in RAIN_THRESHOLDS:
+    for _score in ("CSI", "HSS"):
+        NAMES[f"{_score.lower()}_{_threshold}"] = (f"{_score} {_threshold}", f"{_score} at {_threshold} mm/h")
+
+
+# ---- Scores of frames ------------------------------------------------------------------------------------------------
+
+def frame_scores(pred, truth, mask=None):
+    """Score every predicted frame.
+
+    pred, truth: (B, T, C, H, W), any floating dtype, one device; pred is clipped to [0, 1].
+    mask: None or bool of the same shape, True where a pixel counts. What does not count is set to 0 in both, so it adds
+    no error and SSIM sees no difference there; a frame in which nothing counts is an exact one.
+
+    Returns a dict of float64 (B, T) on the device of truth:
+      mse, mae       error² and |error|, summed over the pixels and channels of the frame
+      psnr           dB, of values truncated to 8 bits; inf for an exact frame
+      ssim           of 8-bit values, 7×7 uniform window, sample covariance, mean over the positions where the window
+                     fits and over channels: scikit-image's default
+      psnr_float     dB, 10·log10(1 / (mean error² + 1e-5)) on floats, as MS-LSTM's released code has it
+      ssim_gaussian  on floats, 11×11 Gaussian window (σ = 1.5), likewise
+    An SSIM whose window is larger than the frame is NaN; a NaN in a frame makes its scores NaN. A frame's scores do not
+    depend on the batch it comes in, to the last bit: all sums are elementwise additions in a fixed order.
+    """
+    if pred.shape != truth.shape:
+        raise ValueError(f"predictions {tuple(pred.shape)} and truth {tuple(truth.shape)} differ in shape")
+    # Few frames at a time: on the CPU what stays in the cache, on a GPU some gigabytes of intermediates.
+    pixels = 2**25 if truth.is_cuda else 2**16
+    frames = max(1, pixels // truth[0, 0].numel())
+    chunks = [x.flatten(0, 1).split(frames) for x in (pred, truth)]
+    chunks.append([None] * len(chunks[0]) if mask is None else mask.flatten(0, 1).split(frames))
+    parts = [_chunk_scores(*chunk) for chunk in zip(*chunks)]
+    return {name: torch.cat([part[name] for part in parts]).view(truth.shape[:2]) for name in parts[0]}
+
+
+def _chunk_scores(pred, truth, mask):
+    """frame_scores of (n, C, H, W): a dict of (n,)."""
+    if mask is not None:
+        pred, truth = torch.where(mask, pred, 0), torch.where(mask, truth, 0)
+    pred8, truth8 = _to_8bit(pred), _to_8bit(truth)
+    pred, truth = pred.double().clamp(0, 1), truth.double()
+    error, error8 = pred - truth, pred8 - truth8
+    mse, mse8 = _frame_sum(error * error), _frame_sum(error8 * error8)
+    count = truth[0].numel() if mask is None else mask.flatten(1).sum(1).clamp(min=1)
+    return {
+        "mse": mse,
+        "mae": _frame_sum(error.abs()),
+        "psnr": 20 * math.log10(255) - 10 * torch.log10(mse8 / count),
+        "ssim": _ssim(pred8, truth8, UNIFORM_7, top=255, covariance=49 / 48),
+        "psnr_float": 10 * torch.log10(1 / (mse / count + 1e-5)),
+        "ssim_gaussian": _ssim(pred, truth, GAUSSIAN_11, top=1, covariance=1),
+    }
+
+
+def _to_8bit(x):
+    """uint8(x·255), truncated, as float64. In float32 (float64 where x is): there k/255 gives back k for every k."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return (x * 255).clamp(0, 255).floor().double()
+
+
+def _frame_sum(x):
+    """(n, …) -> (n,): the sum over a frame, by adding the second half to the first until one value is left. Overwrites x.
+
+    Unlike torch.sum, whose order of additions depends on the number of frames, the device and the threads.
+    """
+    x = x.flatten(1)
+    while (size := x.shape[1]) > 1:
+        x[:, :size // 2] += x[:, size - size // 2:]
+        x = x[:, :size - size // 2]
+    return x[:, 0]
+
+
+# A separable window: (weight, the offsets that have it), in one dimension.
+UNIFORM_7 = [(1 / 7, range(7))]
+_gauss = [math.exp(-k * k / (2 * 1.5**2)) for k in range(6)]
+GAUSSIAN_11 = [(g / (2 * sum(_gauss) - _gauss[0]), sorted({5 - k, 5 + k})) for k, g in enumerate(_gauss)]
+
+
+def _ssim(x, y, window, top, covariance):
+    """Mean structural similarity (Wang et al. 2004) of (n, C, H, W) float64 frames with values in [0, top]: (n,).
+
+    covariance: n/(n−1) of the window for sample covariance (scikit-image's default), 1 for the population's (MS-LSTM's
+    released code, after TensorFlow's). Both take only positions where the window fits.
+    """
+    size = 1 + max(max(offsets) for _, offsets in window)
+    if min(x.shape[-2:]) < size:
+        return x.new_full(x.shape[:1], math.nan)
+    maps = torch.stack([x, y, x * x + y * y, x * y])
+    for dim in (-1, -2):
+        fits = maps.shape[dim] - size + 1
+        maps = sum(weight * sum(maps.narrow(dim, k, fits) for k in offsets) for weight, offsets in window)
+    mean_x, mean_y, squares, product = maps  # (n, C, H', W') each
+    c1, c2 = (0.01 * top) ** 2, (0.03 * top) ** 2
+    means, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
+    similarity = (2 * means + c1) * (2 * covariance * (product - means) + c2)
+    similarity /= (mean_squares + c1) * (covariance * (squares - mean_squares) + c2)
+    return _frame_sum(similarity) / means[0].numel()
+
+
+def summarize(scores):
+    """Means of scores over a test set: {name: (N, T)} -> {name: {"mean": float, "frames": [float] * T}}, fit for JSON.
+
+    N counts sequences, all batches concatenated. "frames" are means over sequences, "mean" over frames and sequences.
+    An exact frame has no finite PSNR: "psnr" leaves it out of its means and counts it under "exact". None stands for
+    what is undefined: no frame left, a frame smaller than SSIM's window, NaN in a prediction.
+    """
+    summary = {}
+    for name, values in scores.items():
+        frames = values.double().T.tolist()  # T lists of N
+        finite = [[v for v in frame if v != math.inf] for frame in frames]
+        summary[name] = {"mean": _mean(sum(finite, [])), "frames": [_mean(frame) for frame in finite]}
+        if name == "psnr":
+            summary[name]["exact"] = values.numel() - sum(map(len, finite))
+    return summary
+
+
+def _mean(values):
+    """The mean, correctly rounded; None if there are no values or one is NaN."""
+    mean = math.fsum(values) / len(values) if values else math.nan
+    return None if math.isnan(mean) else mean
+
+
+# ---- Rain ------------------------------------------------------------------------------------------------------------
+
+def rain_counts(pred_mm, truth_mm, thresholds=RAIN_THRESHOLDS, mask=None):
+    """Count hits, misses, false alarms and correct negatives of "it rains at least so much".
+
+    pred_mm, truth_mm: (B, T, C, H, W) in the unit of the thresholds, mm/h; mask: None or bool, True where a pixel counts.
+    Returns int64 (thresholds, T, 4) on their device: add up the counts of all batches and processes, then csi_hss.
+    """
+    counts = []
+    for threshold in thresholds:
+        pred, truth = pred_mm >= threshold, truth_mm >= threshold
+        cells = torch.stack([pred & truth, ~pred & truth, pred & ~truth, ~pred & ~truth], -1)
+        if mask is not None:
+            cells &= mask[..., None]
+        counts.append(cells.sum((0, 2, 3, 4)))
+    return torch.stack(counts)
+
+
+def csi_hss(counts, thresholds=RAIN_THRESHOLDS):
+    """CSI and HSS of rain_counts: {"csi_0.5": {"mean": float, "frames": [float] * T, "undefined": int}, "hss_0.5": …}.
+
+    Scored per lead time, then averaged. A lead time without a defined score (0/0: no rain forecast, none fallen) is
+    None; the mean leaves it out, "undefined" counts it.
+    """
+    summary = {}
+    for threshold, rows in zip(thresholds, counts.tolist()):
+        frames = {"csi": [], "hss": []}
+        for hits, misses, alarms, negatives in rows:  # whole numbers in Python: nothing overflows
+            events = hits + misses + alarms
+            chance = (hits + misses) * (misses + negatives) + (hits + alarms) * (alarms + negatives)
+            frames["csi"].append(hits / events if events else None)
+            frames["hss"].append(2 * (hits * negatives - misses * alarms) / chance if chance else None)
+        for score, values in frames.items():
+            defined = [v for v in values if v is not None]
+            summary[f"{score}_{threshold}"] = {
+                "mean": _mean(defined), "frames": values, "undefined": len(values) - len(defined)}
+    return summary
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+
+def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim")):
+    """The text table at the end of a run, at most 100 columns wide.
+
+    results: summaries (of summarize, with csi_hss merged in for rain) under "forecast" and, where there are any,
+    "all_predictions", "repeat_last" and "black". Forecast and repeated last frame stand side by side, frame by frame,
+    with their means; below them the means of the others, and of `published`: dicts with "source" and some metrics.
+    metrics: what the first block shows, four at most; CSI and HSS follow in blocks of their own where there are any.
+    """
+    forecast = results["forecast"]
+    blocks = [[m for m in metrics if m in forecast]]
+    blocks += [[m for m in forecast if m.startswith(score)] for score in ("csi_", "hss_")]
+    text = "\n\n".join(_block(results, published, block) for block in blocks if block)
+    exact = {name: summary["psnr"]["exact"] for name, summary in results.items() if "psnr" in summary}
+    if "psnr" in metrics and any(exact.values()):
+        counts = ", ".join(f"{n} ({name.replace('_', ' ')})" for name, n in exact.items() if n)
+        text += f"\nPSNR leaves out exact frames: {counts}"
+    return text
+
+
+def _block(results, published, metrics):
+    """One block of the table: these metrics of the forecast on the left, of the repeated last frame on the right."""
+    forecast, repeat = results["forecast"], results.get("repeat_last")
+    sides = [forecast, repeat] if repeat else [forecast]
+    decimals = {m: 2 if max(side[m]["mean"] or 0 for side in sides) >= 10 else 4 for m in metrics}
+
+    def cells(entries):
+        """{metric: value} -> a cell per metric."""
+        return ["–" if entries.get(m) is None else f"{entries[m]:.{decimals[m]}f}" for m in metrics]
+
+    rows = [["frame"] + [NAMES[m][0] for m in metrics] * len(sides)]
+    for k in range(len(forecast[metrics[0]]["frames"])):
+        rows.append([str(k + 1)] + [cell for side in sides for cell in cells({m: side[m]["frames"][k] for m in metrics})])
+    rows.append(["mean"] + [cell for side in sides for cell in cells({m: side[m]["mean"] for m in metrics})])
+    rule = len(rows) - 1
+    for name in ("all_predictions", "black"):
+        if metrics[0] in results.get(name, {}):
+            summary = results[name]
+            count = len(summary[metrics[0]]["frames"])
+            rows.append([name if name == "black" else f"all {count} predictions"]
+                        + cells({m: summary[m]["mean"] for m in metrics}))
+    for paper in published:
+        if any(paper.get(m) is not None for m in metrics):  # digits as the paper prints them
+            rows.append([paper["source"][:24]] + ["–" if paper.get(m) is None else f"{paper[m]:g}" for m in metrics])
+
+    widths = [1 + max(len(row[k]) for row in rows if k < len(row)) for k in range(len(rows[0]))]
+    bar = 1 + len(metrics)  # the first column of the right side
+
+    def line(row):
+        text = row[0].ljust(widths[0])
+        return text + "".join(("  |" if k == bar else "") + row[k].rjust(widths[k]) for k in range(1, len(row)))
+
+    lines = [line(row) for row in rows]
+    title = "forecast".rjust(sum(widths[:bar]))
+    if repeat:
+        title += "  |" + "repeated last frame".rjust(sum(widths[bar:]))
+    dashes = "-" * len(lines[0])
+    return "\n".join([title, lines[0], dashes, *lines[1:rule], dashes, *lines[rule:]])
+
+
+# ---- Curves ----------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours for every kind of colour vision, without the yellow that white paper swallows. Dashes and
+# markers change along with them, so that curves can be told apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("none", "7 3", "2 2", "9 3 2 3", "4 4")
+MARKERS = ("M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0z", "M-3,-3h6v6h-6z", "M0,-4l4,7h-8z", "M0,-4l4,4l-4,4l-4,-4z")
+PANEL = (400, 260)  # width and height of a panel with its labels
+PLOT = (64, 34, 384, 214)  # left, top, right, bottom of its axes
+
+
+def score_panels(summaries, metrics=("mse", "mae", "psnr", "ssim"), xlabel="forecast frame"):
+    """Panels for curve_panels_svg, one a metric: frame-wise scores of several runs, {label: summary}."""
+    panels = []
+    for metric in metrics:
+        curves = {label: summary[metric]["frames"] for label, summary in summaries.items() if metric in summary}
+        name, ylabel = NAMES[metric]
+        panels.append({"curves": curves, "title": name, "xlabel": xlabel, "ylabel": ylabel})
+    return panels
+
+
+def curves_svg(curves, title, xlabel, ylabel, log=False):
+    """One panel of curves as the text of an SVG file; see curve_panels_svg."""
+    return curve_panels_svg([{"curves": curves, "title": title, "xlabel": xlabel, "ylabel": ylabel, "log": log}])
+
+
+def curve_panels_svg(panels, title="", columns=2):
+    """Panels of curves with axes, ticks and one legend, as the text of a self-contained SVG file.
+
+    panels: dicts with "title", "xlabel", "ylabel" (with the unit), "log" (a logarithmic y axis; default False) and
+    "curves": {label: [y at x = 1, 2, …]} or {label: ([x, …], [y, …])}. A label looks the same in every panel. None is a
+    gap in a curve. title: a line above all panels; say model, variant, data and iteration there.
+    Every unbroken piece of a curve is a <polyline> with its label and its numbers in full as data-label, data-x and
+    data-values. ValueError for NaN, infinity, or a value that a logarithmic axis cannot show.
+    """
+    labels = list(dict.fromkeys(label for panel in panels for label in panel["curves"]))
+    styles = {label: (COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)], MARKERS[k % len(MARKERS)])
+              for k, label in enumerate(labels)}
+    columns = min(columns, len(panels))
+    width, top = PANEL[0] * columns, 30 if title else 0
+    body = [_panel(panel, styles, (k % columns) * PANEL[0], top + k // columns * PANEL[1])
+            for k, panel in enumerate(panels)]
+
+    x, y = 20, top + math.ceil(len(panels) / columns) * PANEL[1] + 14
+    for label in labels:
+        needed = 60 + 6.5 * len(label)  # 11-pixel letters are about that wide
+        if x > 20 and x + needed > width:
+            x, y = 20, y + 18
+        colour, dash, marker = styles[label]
+        body.append(f'<path d="M{x},{y}h34" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}"/>'
+                    f'<path d="{marker}" transform="translate({x + 17},{y})" fill="{colour}"/>'
+                    + _text(x + 40, y + 4, label, "start"))
+        x += needed
+    if title:
+        body.append(_text(width / 2, 20, title, size=14))
+    height = y + 16
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">\n'
+            f'<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(body) + "\n</svg>\n")
+
+
+def _panel(panel, styles, x0, y0):
+    """One panel as an SVG group whose upper left corner is at (x0, y0)."""
+    log = panel.get("log", False)
+    pieces = [(label, piece) for label, curve in panel["curves"].items() for piece in _pieces(curve, panel, log)]
+    left, top, right, bottom = PLOT
+    x_ticks, x_of = _axis([x for _, piece in pieces for x, _ in piece], left, right, False)
+    y_ticks, y_of = _axis([y for _, piece in pieces for _, y in piece], bottom, top, log)
+
+    out = [f'<g transform="translate({x0},{y0})">',
+           _text((left + right) / 2, top - 12, panel["title"], size=13),
+           _text((left + right) / 2, bottom + 34, panel["xlabel"]),
+           _text(14, (top + bottom) / 2, panel["ylabel"], turn=-90)]
+    for tick in y_ticks:
+        out.append(f'<path d="M{left},{y_of(tick):.2f}H{right}" stroke="#ddd"/>'
+                   + _text(left - 6, y_of(tick) + 4, f"{tick:g}", "end"))
+    for tick in x_ticks:
+        out.append(f'<path d="M{x_of(tick):.2f},{bottom}v4" stroke="black"/>'
+                   + _text(x_of(tick), bottom + 17, f"{tick:g}"))
+    out.append(f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="black"/>')
+    for label, piece in pieces:
+        colour, dash, marker = styles[label]
+        points = [f"{x_of(x):.2f},{y_of(y):.2f}" for x, y in piece]
+        xs, ys = zip(*piece)
+        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}" '
+                   f'points="{" ".join(points)}" data-label="{escape(label)}" '
+                   f'data-x="{" ".join(map(repr, xs))}" data-values="{" ".join(map(repr, ys))}"/>')
+        out += [f'<path d="{marker}" transform="translate({point})" fill="{colour}"/>'
+                for point in points[::math.ceil(len(points) / 20)]]
+    if not pieces:
+        out.append(_text((left + right) / 2, (top + bottom) / 2, "no values"))
+    return "\n".join(out) + "\n</g>"
+
+
+def _pieces(curve, panel, log):
+    """The unbroken pieces of a curve: lists of (x, y)."""
+    xs, ys = curve if isinstance(curve, tuple) else (range(1, len(curve) + 1), curve)
+    pieces = [[]]
+    for x, y in zip(xs, ys, strict=True):
+        if y is None:
+            pieces.append([])
+            continue
+        if not (math.isfinite(x) and math.isfinite(y)) or log and y <= 0:
+            raise ValueError(f"{panel['title']}: a curve cannot show {y} at {x}" + " on a logarithmic axis" * log)
+        pieces[-1].append((x, y))
+    return [piece for piece in pieces if piece]
+
+
+def _axis(values, start, end, log):
+    """Ticks of an axis that holds the values, and the map from a value to its place between start and end (pixels)."""
+    low, high = (min(values), max(values)) if values else (1, 10)
+    scale = math.log10 if log else float
+    a, b = scale(low), scale(high)
+    margin = 0.05 * (b - a) or 0.05 * abs(b) or 0.5
+    a, b = a - margin, b + margin
+    if log and b - a > 1:
+        stride = math.ceil((b - a) / 6)
+        mantissas = (1,) if b - a > 3 else (1, 2, 5)
+        ticks = [m * 10.0**e for e in range(math.floor(a), math.ceil(b), stride) for m in mantissas]
+    else:  # a logarithmic axis of less than a decade is nearly linear
+        lowest, highest = (10**a, 10**b) if log else (a, b)
+        power = 10 ** math.floor(math.log10((highest - lowest) / 4))
+        step = next(m * power for m in (1, 2, 5, 10, 20) if (highest - lowest) / (m * power) <= 6)
+        if all(isinstance(v, int) for v in values):
+            step = max(1, round(step))
+        ticks = [k * step for k in range(math.ceil(lowest / step), math.floor(highest / step) + 1)]
+    return ([t for t in ticks if a <= scale(t) <= b] if not log else [t for t in ticks if t > 0 and a <= scale(t) <= b],
+            lambda value: start + (scale(value) - a) / (b - a) * (end - start))
+
+
+def _text(x, y, text, anchor="middle", size=11, turn=0):
+    rotate = f' transform="rotate({turn} {x:.2f} {y:.2f})"' if turn else ""
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}"{rotate}>{escape(text)}</text>'
