@@ -1,8 +1,8 @@
 """Sources of frames, and pictures of frames: frames in, frames out.
 
-Every dataset is, in the end, clips: float frames in [0, 1], shape (B, T, C, H, W), on the device that trains. `open_data`
-gives an object with the one small interface of `Clips`, and a training batch is a pure function of (seed, iteration): a
-resumed or repeated run sees the same data, on any number of processes, on the CPU and on CUDA alike.
+Every dataset is, in the end, clips: float frames in [0, 1], shape (B, T, C, H, W), on the device that trains.
+`open_data` gives an object with the one small interface of `Clips`, and a training batch is a pure function of (seed,
+iteration): a resumed or repeated run sees the same data, on any number of processes, on the CPU and on CUDA alike.
 
     clips = open_data("moving_mnist", data_dir="data", setup="patch4")
     frames = clips.train(seed=0, iteration=0, batch=8)      # (8, 20, 1, 64, 64), float32 in [0, 1]
@@ -108,7 +108,8 @@ class Clips:
     def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
         """The training batch of an iteration: float32 (b, frames_in + horizon, C, H, W) in [0, 1].
 
-        A pure function of (seed, iteration, batch); `share` cuts rows out of the whole batch, for one of several processes.
+        A pure function of (seed, iteration, batch); `share` cuts rows out of the whole batch, for one of several
+        processes.
         """
         raise NotImplementedError
 
@@ -153,14 +154,13 @@ DRAWS_PER_SEQUENCE = 10             # (which digit, start y, start x, direction,
 def trajectories(raw, setup, frames, digit_count):
     """The motion of two digits, in whole numbers, from raw draws (B, 10).
 
-    Returns which (B, 2), the digits' numbers, and corners (B, frames, 2, 2), the (y, x) pixel of their upper left corner,
-    both int64. The set-ups follow the two generators in use:
+    Returns which (B, 2), the digits' numbers, and corners (B, frames, 2, 2), the (y, x) pixel of their upper left
+    corner, both int64. The set-ups follow the two generators in use:
 
     patch4 (Srivastava et al. 2015): 3.6 pixels a frame; a step moves first, then a coordinate that has left [0, 36] is
     clamped to the edge and its velocity flips; frame 0 is after the first step; positions truncate to whole pixels.
-    fullres (MS-LSTM): a whole speed of 2 to 6 pixels a frame; frame 0 is the start; a velocity component flips when the next
-    position would pass -2 or 38, then the digit moves. The spec is silent on rounding; to the nearest pixel here, since
-    truncation would treat -1.5 and 37.5 differently.
+    fullres (MS-LSTM): a whole speed of 2 to 6 pixels a frame, in any direction; frame 0 is the start; a velocity
+    component flips when the next position would pass -2 or 38, then the digit moves; positions round to whole pixels.
     """
     raw = raw.reshape(len(raw), 2, 5)
     which = below(raw[..., 0], digit_count)
@@ -188,9 +188,9 @@ def trajectories(raw, setup, frames, digit_count):
 def draw_digits(padded, which, corners, overlap):
     """Draw two moving digits per sequence: uint8 (B, T, 1, 64, 64).
 
-    padded (N, 30, 30): digits with one pixel of zeros around them, so that an index clamped to the border reads black: no
-    mask, and what leaves the canvas is cut off. which (B, 2); corners (B, T, 2, 2); all on one device. overlap: "max" or
-    "add" (which clips at 255).
+    padded (N, 30, 30): digits with one pixel of zeros around them, so that an index clamped to the border reads black:
+    no mask, and what leaves the canvas is cut off. which (B, 2); corners (B, T, 2, 2); all on one device. overlap:
+    "max" or "add" (which clips at 255).
     """
     pixels = torch.arange(CANVAS, device=padded.device)
     inside = (pixels - corners[..., None] + 1).clamp_(0, DIGIT + 1)                          # (B, T, 2, 2, 64)
@@ -204,15 +204,16 @@ def draw_digits(padded, which, corners, overlap):
 class MovingDigits(Clips):
     """Two digits that bounce in a 64×64 frame: Moving MNIST (Srivastava et al. 2015), from any set of digits.
 
-    train_digits, test_digits: uint8 (N, 28, 28). held_back: so many of the last training digits are kept for validation and
-    never trained on. In an endless generator nothing else keeps the two apart. Validation has 500 sequences.
-    standard: the standard test file as an array (20, 10000, 64, 64), to be used instead of the generated test sequences.
+    train_digits, test_digits: uint8 (N, 28, 28). held_back: so many of the last training digits are kept for validation
+    and never trained on: in an endless generator nothing else keeps the two apart. Validation has 500 sequences.
+    standard: the standard test file as an array (20, 10000, 64, 64), used instead of the generated test sequences.
     """
 
     channels, size = 1, (CANVAS, CANVAS)
     valid_count = 500
 
-    def __init__(self, name, train_digits, test_digits, held_back, setup="patch4", frames_in=None, horizon=None, standard=None):
+    def __init__(self, name, train_digits, test_digits, held_back, setup="patch4", frames_in=None, horizon=None,
+                 standard=None):
         self.name, self.setup = name, setup
         self.frames_in = frames_in or 10
         self.horizon = self.test_horizon = horizon or 10
@@ -262,7 +263,8 @@ def _pad(digits):
     return torch.from_numpy(np.pad(digits, ((0, 0), (1, 1), (1, 1))))
 
 
-MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+                 "https://storage.googleapis.com/cvdf-datasets/mnist/")
 MNIST_FILES = {  # name: (number of digits, SHA-256 of the unpacked file)
     "train-images-idx3-ubyte": (60_000, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
     "t10k-images-idx3-ubyte": (10_000, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
@@ -285,7 +287,8 @@ def mnist_digits(folder, name):
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}): delete it to have it downloaded again") from None
     if hashlib.sha256(content).hexdigest() != checksum:
-        raise DataError(f"{path} is not the MNIST file of that name (its checksum differs): delete it to have it downloaded")
+        raise DataError(f"{path} is not the MNIST file of that name (its checksum differs): delete it to have it "
+                        f"downloaded again")
     return np.frombuffer(content, np.uint8, offset=16).reshape(count, DIGIT, DIGIT)
 
 
@@ -335,13 +338,13 @@ def open_moving_mnist(folder, setup="patch4", frames_in=None, horizon=None):
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path} is damaged ({error}): remove it, and generated test sequences are used") from None
         if standard.dtype != np.uint8 or standard.shape != (20, 10_000, CANVAS, CANVAS):
-            raise DataError(f"{path} has {standard.dtype} {standard.shape}, not uint8 (20, 10000, 64, 64): remove it, and "
-                            f"generated test sequences are used")
+            raise DataError(f"{path} has {standard.dtype} {standard.shape}, not uint8 (20, 10000, 64, 64): remove it, "
+                            f"and generated test sequences are used")
     return MovingDigits("moving_mnist", train, test, 2_000, setup, frames_in, horizon, standard)
 
 
-# Strokes of the ten digits in a box of 1 by 1, y downwards: smooth curves through these points. A point given twice in a
-# row makes a corner.
+# Strokes of the ten digits in a box of 100 by 100, y downwards: smooth curves through these points. A point given twice
+# in a row makes a corner.
 STROKES_OF = {
     0: ["50,0 20,12 8,50 20,88 50,100 80,88 92,50 80,12 50,0"],
     1: ["30,22 55,0 55,0 55,50 55,100"],
@@ -359,8 +362,8 @@ STROKES_OF = {
 def stroke_digits(count, step):
     """Digits that the program draws itself: uint8 (count, 28, 28), the classes 0 … 9 in turn.
 
-    Strokes with random slant, rotation, scale, thickness and jitter of their points, anti-aliased by the distance of each
-    pixel's centre to the nearest segment. `step` chooses a set; the same always gives the same digits.
+    Strokes with random slant, rotation, scale, thickness and jitter of their points, anti-aliased by the distance of
+    each pixel's centre to the nearest segment. `step` chooses a set; the same always gives the same digits.
     """
     images = np.zeros((count, DIGIT, DIGIT), np.uint8)
     for label, strokes in STROKES_OF.items():
@@ -396,7 +399,7 @@ def _smooth(points, pieces=3):
     before = np.concatenate([points[:, :1], points[:, :-1]], 1)
     after = np.concatenate([points[:, 1:], points[:, -1:]], 1)
     tangent = (after - before) / 2
-    repeats = (points[:, 1:] == points[:, :-1]).all((0, 2))                                  # corners: no common tangent
+    repeats = (points[:, 1:] == points[:, :-1]).all((0, 2))        # corners: no common tangent
     tangent[:, :-1][:, repeats] = tangent[:, 1:][:, repeats] = 0
     p, q, v, w = points[:, :-1], points[:, 1:], tangent[:, :-1], tangent[:, 1:]
     curve = [p + u * v + u * u * (3 * (q - p) - 2 * v - w) + u**3 * (2 * (p - q) + v + w)
@@ -440,3 +443,119 @@ def open_data(name_or_path, data_dir="data", setup="patch4", frames_in=None, hor
     if name_or_path == "moving_digits":
         return open_moving_digits(setup, frames_in, horizon)
     raise DataError(f"no dataset and no file is called {name_or_path}; datasets: moving_mnist, moving_digits")
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+def _chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _png_header(image):
+    """The signature and IHDR of a uint8 image (H, W), grey, or (H, W, 3), RGB."""
+    height, width = image.shape[:2]
+    colour = 0 if image.ndim == 2 else 2
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+
+
+def _png_pixels(image):
+    """The compressed rows of an image, each behind a zero: "no filter"."""
+    rows = np.ascontiguousarray(image).reshape(len(image), -1)
+    return zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes(), 6)
+
+
+def png_bytes(image):
+    """A PNG file of a uint8 image (H, W), grey, or (H, W, 3), RGB."""
+    return _png_header(image) + _chunk(b"IDAT", _png_pixels(image)) + _chunk(b"IEND", b"")
+
+
+def apng_bytes(images, delay_ms=200):
+    """An animated PNG that loops for ever, from uint8 images (T, H, W), grey, or (T, H, W, 3), RGB."""
+    height, width = images[0].shape[:2]
+    content, number = _png_header(images[0]) + _chunk(b"acTL", struct.pack(">II", len(images), 0)), 0
+    for t, image in enumerate(images):
+        content += _chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, 0, 0, delay_ms, 1000, 0, 0))
+        number += 1
+        if t == 0:
+            content += _chunk(b"IDAT", _png_pixels(image))
+        else:
+            content += _chunk(b"fdAT", struct.pack(">I", number) + _png_pixels(image))
+            number += 1
+    return content + _chunk(b"IEND", b"")
+
+
+# The printable ASCII characters from the blank on, five columns of seven dots each, the lowest bit at the top.
+FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
+    "000000000000005f00000007000700147f147f14242a7f2a12231308646236495620500000070000001c2241000041221c00"
+    "2a1c7f1c2a08083e080800403000000808080808000060600020100804023e5149453e00427f400062514949462241494936"
+    "1814127f1027454545393c4a49493001710905033649494936064949291e0000363600004036000000081422411414141414"
+    "412214080002015909063e415d555e7c1211127c7f494949363e414141227f4141413e7f494949417f090909013e4149497a"
+    "7f0808087f00417f41002040413f017f081422417f404040407f020c027f7f0408107f3e4141413e7f090909063e4151215e"
+    "7f09192946264949493201017f01013f4040403f1f2040201f3f4038403f631408146307087008076151494543007f414100"
+    "02040810200041417f0004020102044040404040000102040020545454787f484444383844444428384444487f3854545418"
+    "087e0901020c5252523e7f0804047800447d40002040443d007f1028440000417f40007c041804787c080404783844444438"
+    "7c14141408081414147c7c080404084854545424043f4440203c4040207c1c2040201c3c4030403c44281028440c5050503c"
+    "4464544c44000836410000007f000000413608000804081008"
+), np.uint8).reshape(95, 5, 1), axis=2, bitorder="little")[:, :, :7].swapaxes(1, 2).astype(bool)  # (95, 7, 5)
+
+
+def text_size(text, scale=1):
+    """(height, width) in pixels of a line of text as `draw_text` draws it."""
+    return 7 * scale, max(6 * len(text) - 1, 0) * scale
+
+
+def draw_text(canvas, y, x, text, colour=0, scale=1):
+    """Write a line of ASCII text into a uint8 canvas (H, W) or (H, W, 3), its upper left corner at (y, x).
+
+    colour: a level, or three of them. What does not fit is cut off; other characters come out as "?".
+    """
+    for character in text:
+        index = ord(character) - 32
+        dots = FONT[index if 0 <= index < 95 else ord("?") - 32].repeat(scale, 0).repeat(scale, 1)
+        place = canvas[max(y, 0):max(y + 7 * scale, 0), max(x, 0):max(x + 5 * scale, 0)]
+        dots = dots[max(-y, 0):, max(-x, 0):][:place.shape[0], :place.shape[1]]
+        place[dots] = colour
+        x += 6 * scale
+
+
+def levels(frames):
+    """Frames in [0, 1] as uint8 levels for a picture; clipped, NaN as 0."""
+    frames = torch.as_tensor(frames).detach().float().cpu().nan_to_num(0.0)
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+
+def resize(images, smallest=64, largest=256):
+    """Images (..., H, W) magnified by a whole number until their shorter side has `smallest` pixels, or thinned out
+    until the longer side has at most `largest`."""
+    height, width = images.shape[-2:]
+    step = -(-max(height, width) // largest)
+    images = images[..., ::step, ::step]
+    times = max(1, smallest // min(images.shape[-2:])) if step == 1 else 1
+    return images.repeat(times, -2).repeat(times, -1)
+
+
+def film_strip(rows, title="", gap=2):
+    """Films below each other, a label to the left of each: a uint8 image (H, W), black on white.
+
+    rows: a list of (label, frames), frames (T, C, H, W) in [0, 1], all of one frame size. Every channel gets a row of
+    its own, numbered where there are several.
+    """
+    lines = []
+    for label, frames in rows:
+        images = resize(levels(frames))                                                      # (T, C, h, w)
+        for c in range(images.shape[1]):
+            lines.append((label if images.shape[1] == 1 else f"{label} {c + 1}/{images.shape[1]}", images[:, c]))
+    height, width = lines[0][1].shape[1:]
+    left = max(text_size(label)[1] for label, _ in lines) + 3 * gap
+    top = 7 + 4 * gap if title else gap
+    columns = max(len(images) for _, images in lines)
+    across = max(left + columns * (width + gap), text_size(title)[1] + 2 * gap)
+    canvas = np.full((top + len(lines) * (height + gap), across), 255, np.uint8)
+    draw_text(canvas, 2 * gap, gap, title)
+    for row, (label, images) in enumerate(lines):
+        y = top + row * (height + gap)
+        draw_text(canvas, y + (height - 7) // 2, gap, label)
+        for column, image in enumerate(images):
+            x = left + column * (width + gap)
+            canvas[y:y + height, x:x + width] = image
+    return canvas
