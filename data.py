@@ -8,16 +8,19 @@ iteration): a resumed or repeated run sees the same data, on any number of proce
     frames = clips.train(seed=0, iteration=0, batch=8)      # (8, 20, 1, 64, 64), float32 in [0, 1]
     frames = clips.test(0, 100)                             # the first hundred test sequences
 
-Sections: files; draws; Clips; Moving MNIST and moving digits; opening; pictures.
+Sections: files; draws; clips; Moving MNIST and moving digits; windows cut out of an array; arrays of your own; opening;
+pictures.
 """
 
 import gzip
 import hashlib
+import json
 import os
 import struct
 import tempfile
 import time
 import urllib.request
+import zipfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -427,22 +430,383 @@ def open_moving_digits(setup="patch4", frames_in=None, horizon=None):
     return MovingDigits("moving_digits", stroke_digits(2_200, 0), stroke_digits(500, 1), 200, setup, frames_in, horizon)
 
 
+# ------------------------------------------------------------------------------- windows cut out of an array of frames
+
+class Scale:
+    """Between a file's values and network pixels: low … high is 0 … 1. What lies outside is clipped."""
+
+    def __init__(self, low, high):
+        self.low, self.high = float(low), float(high)
+
+    def note(self):
+        """What `scale_of` makes a scale of again; JSON-safe. None for the two that a file's dtype tells."""
+        return None if self in (LEVELS, PLAIN) else [self.low, self.high]
+
+    def to_network(self, values):
+        """An array of values -> float32 pixels in [0, 1]."""
+        return ((values.astype(np.float64) - self.low) / (self.high - self.low)).clip(0, 1).astype(np.float32)
+
+    def to_units(self, pixels):
+        """Pixels, a tensor or an array -> values."""
+        return pixels * (self.high - self.low) + self.low
+
+
+LEVELS, PLAIN = Scale(0, 255), Scale(0, 1)    # of uint8, and of floats that lie in [0, 1] already
+
+
+class Windows(Clips):
+    """Clips cut out of long arrays of frames, which stay on the disk: only the windows of a batch are read.
+
+    parts: {"train": (array, starts), "valid": …, "test": …}; array (N, C, H, W) of numbers, memory-mapped; starts,
+    the numbers of the windows' first frames, int64. scale: from the array's values to pixels. order: where the frames
+    of the array are not in the order of time, their places in that order (starts count in it). notes: lines for the log.
+    """
+
+    def __init__(self, name, parts, frames_in, horizon, test_horizon=None, scale=LEVELS, test_set="", order=None,
+                 unit=None, notes=()):
+        self.name, self.parts, self.scale, self.order = name, parts, scale, order
+        self.unit, self.notes = unit, list(notes)
+        self.frames_in, self.horizon, self.test_horizon = frames_in, horizon, test_horizon or horizon
+        self.channels, *size = parts["train"][0].shape[1:]
+        self.size = tuple(size)
+        self.train_count, self.valid_count, self.test_count = (len(parts[key][1]) for key in ("train", "valid", "test"))
+        self.test_set = f"{name}, {self.test_count} sequences{test_set and ', '}{test_set}"
+
+    def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
+        which = fixed_order(seed, iteration, batch, self.train_count)[share]
+        return self._pixels(self._values("train", which, self.horizon), device)
+
+    def valid(self, start, stop, device="cpu"):
+        return self._pixels(self._values("valid", slice(start, stop), self.horizon), device)
+
+    def test(self, start, stop, device="cpu"):
+        return self._pixels(self._values("test", slice(start, stop), self.test_horizon), device)
+
+    def to_units(self, frames):
+        return self.scale.to_units(frames)
+
+    def info(self):
+        return {**super().info(), "scale": self.scale.note(), "notes": self.notes}
+
+    def _values(self, part, which, horizon):
+        array, starts = self.parts[part]
+        length = self.frames_in + horizon
+        if self.order is None:
+            windows = [array[start:start + length] for start in starts[which]]
+        else:
+            windows = [array[self.order[start:start + length]] for start in starts[which]]
+        return np.stack(windows) if windows else np.empty((0, length, *array.shape[1:]), array.dtype)
+
+    def _pixels(self, values, device):
+        if values.dtype == np.uint8 and self.scale is LEVELS:
+            return _over_255(torch.from_numpy(values).to(device))
+        return torch.from_numpy(self.scale.to_network(values)).to(device)
+
+
+def hold_out(starts, count, length):
+    """Keep the last `count` of the windows at `starts` (ascending) aside: (the rest, those), which share no frame."""
+    held = starts[len(starts) - count:]
+    rest = starts[:len(starts) - count]
+    return (rest[rest + length <= held[0]] if count else rest), held
+
+
+# --------------------------------------------------------------------------------------------------- arrays of your own
+
+PIECE = 1 << 26    # bytes that are looked at or copied at a time
+
+
+READ_ERRORS = (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile)
+
+
+def _cannot_read(path, error):
+    return DataError(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def _header(file, path):
+    """(shape, dtype) of an open .npy file; DataError if it is none or holds objects."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(file)
+    except KeyError:
+        raise DataError(f"{path} is a .npy file of an unknown version") from None
+    except READ_ERRORS as error:
+        raise _cannot_read(path, error) from None
+    if dtype.hasobject:
+        raise DataError(f"{path} holds pickled objects, which are never loaded: save numbers, uint8 or float")
+    if dtype != np.uint8 and dtype.kind != "f":
+        raise DataError(f"{path} holds {dtype}: uint8 or float is needed")
+    if fortran and sum(n > 1 for n in shape) > 1:
+        raise DataError(f"{path} is in Fortran order, where frames lie scattered: save numpy.ascontiguousarray of it")
+    if len(shape) not in (3, 4, 5) or 0 in shape:
+        raise DataError(f"{path} has shape {shape}: (N, H, W) or (N, C, H, W), one film, or (M, T, C, H, W), M films, "
+                        f"is needed")
+    channels = shape[-3] if len(shape) > 3 else 1
+    if channels > 16:
+        raise DataError(f"{path} has shape {shape}, so {channels} channels, more than 16: the axes are (N, C, H, W) or "
+                        f"(M, T, C, H, W); mnist_test_seq.npy is (T, N, H, W): save array.swapaxes(0, 1)[:, :, None]")
+    return shape, dtype
+
+
+def _map(path, name):
+    """The array of a .npy file, checked by its header and memory-mapped, as films: (M, T, C, H, W). name: for errors."""
+    try:
+        with open(path, "rb") as file:
+            shape, _ = _header(file, name)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except READ_ERRORS as error:
+        raise _cannot_read(name, error) from None
+    return array.reshape((1, shape[0], 1) + shape[1:] if len(shape) == 3 else (1,) * (5 - len(shape)) + shape)
+
+
+def _range(frames, name, first=0):
+    """(lowest, highest) value of frames (N, C, H, W), looked at in pieces; DataError at NaN or infinity.
+
+    first: the number of the first frame in the file, for the message.
+    """
+    low, high = np.inf, -np.inf
+    step = max(1, PIECE // frames[0].nbytes)
+    with tqdm(total=len(frames), desc=f"checking {name}", unit="frame", leave=False, disable=len(frames) <= step) as bar:
+        for at in range(0, len(frames), step):
+            piece = frames[at:at + step]
+            least, most = float(piece.min()), float(piece.max())
+            if not np.isfinite([least, most]).all():
+                frame = at + int(np.argmin(np.isfinite(piece).all((1, 2, 3))))
+                raise DataError(f"{name} has NaN or infinity in frame {first + frame}")
+            low, high = min(low, least), max(high, most)
+            bar.update(len(piece))
+    return low, high
+
+
+def _checked_range(frames, path, name, first, folder):
+    """`_range` of a part of a file, kept in `folder` until the file's size or time of change is another."""
+    stat = path.stat()
+    key = [str(path.resolve()), name, first, len(frames)]
+    state = [stat.st_size, stat.st_mtime_ns]
+    kept = folder / f"{path.stem}-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.json"
+    try:
+        finding = json.loads(kept.read_text())
+        if finding["state"] == state:
+            return tuple(finding["range"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    low, high = _range(frames, name, first)
+    _folder(folder)
+    write_whole(kept, json.dumps({"file": key[0], "state": state, "range": [low, high]}).encode())
+    return low, high
+
+
+def _folder(path):
+    """Make a folder; DataError if that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
+def _cut(stop, film, length):
+    """Where the last tenth of frames 0 … stop - 1 begins: one window of `length` or more, whole films from three on."""
+    start = min(stop - stop // 10, stop - length)
+    return start // film * film if stop >= 3 * film else start
+
+
+def _starts(first, stop, film, length, stride):
+    """Every stride-th window of `length` frames inside first … stop - 1 that stays inside one film."""
+    starts = [np.arange(max(first, at), min(stop, at + film) - length + 1, stride)
+              for at in range(first // film * film, stop, film)]
+    return np.concatenate(starts).astype(np.int64) if starts else np.empty(0, np.int64)
+
+
+def _unpacked(path, folder):
+    """The arrays `train` and `test` of a .npz file, each a .npy file of its own in the data folder: {name: path}.
+
+    Copied once, in a stream; a copy appears whole or not at all and is made again if the .npz has changed.
+    """
+    stat = path.stat()
+    mark = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    folder = folder / f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    copies = {part: folder / f"{part}-{mark}.npy" for part in ("train", "test")}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if missing := [part for part in copies if f"{part}.npy" not in names]:
+                raise DataError(f"{path} has no array called {' and none called '.join(missing)}, but "
+                                f"{', '.join(name.removesuffix('.npy') for name in names) or 'nothing'}: save "
+                                f"numpy.savez(path, train=..., test=...)")
+            for part in copies:
+                with archive.open(f"{part}.npy") as source:
+                    _header(source, f"{path} ({part})")
+            _folder(folder)
+            for part, copy in copies.items():
+                if not copy.exists():
+                    size = archive.getinfo(f"{part}.npy").file_size
+                    with archive.open(f"{part}.npy") as source:
+                        write_whole(copy, lambda file: _copy(source, file, size, f"unpacking {path.name} ({part})"))
+    except READ_ERRORS as error:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise _cannot_read(path, error) from None
+    for old in set(folder.glob("*.npy")) - set(copies.values()):
+        old.unlink()
+    return copies
+
+
+def _copy(source, file, size, label):
+    with tqdm(total=size, unit="B", unit_scale=True, desc=label, leave=False, disable=size < PIECE) as bar:
+        while part := source.read(1 << 20):
+            file.write(part)
+            bar.update(len(part))
+
+
+def open_own(path, folder, frames_in=None, horizon=None, normalize=False):
+    """Windows of a .npy file, one film (N, H, W), (N, C, H, W) or M films (M, T, C, H, W), or of the arrays `train` and
+    `test` of a .npz file.
+
+    The last tenth of the frames, at least one window, is the test part where there is one array only, and validation is
+    the last tenth of what is left; from three films on, whole films. Training windows begin at every frame, those of
+    validation and test every `horizon` frames, so that each frame is forecast once. folder: for what is kept.
+    """
+    frames_in, horizon = frames_in or 10, horizon or 10
+    length = frames_in + horizon
+    if path.is_dir():
+        what = "an empty folder" if not any(path.iterdir()) else "a folder"
+        raise DataError(f"{path} is {what}: --data takes a dataset's name or a .npy or .npz file")
+    if path.suffix not in (".npy", ".npz"):
+        raise DataError(f"{path} is neither a .npy nor a .npz file")
+    files, names = {"train": path, "test": path}, {"train": str(path), "test": str(path)}
+    if path.suffix == ".npz":
+        files, names = _unpacked(path, folder), {"train": f"{path} (train)", "test": f"{path} (test)"}
+    films = {part: _map(files[part], names[part]) for part in files}
+    frames = {part: array.reshape(-1, *array.shape[2:]) for part, array in films.items()}
+    if frames["train"].shape[1:] != frames["test"].shape[1:] or frames["train"].dtype != frames["test"].dtype:
+        raise DataError(f"{path}: train has frames {frames['train'].shape[1:]} {frames['train'].dtype}, test "
+                        f"{frames['test'].shape[1:]} {frames['test'].dtype}: they must be alike")
+    for part, array in films.items():
+        if array.shape[1] < length:
+            raise DataError(f"{names[part]} has films of {array.shape[1]} frames, fewer than one window of {frames_in} "
+                            f"+ {horizon}: lower --frames-in or --horizon")
+    film = films["train"].shape[1]
+    stop = len(frames["train"])
+    if path.suffix == ".npy":
+        stop = _cut(stop, film, length)
+    begin = _cut(stop, film, length)
+    starts = {"train": _starts(0, begin, film, length, 1), "valid": _starts(begin, stop, film, length, horizon)}
+    test_film = films["test"].shape[1]
+    first_test = 0 if path.suffix == ".npz" else stop
+    starts["test"] = _starts(first_test, len(frames["test"]), test_film, length, horizon)
+    if empty := [part for part in starts if not len(starts[part])]:
+        raise DataError(f"{path} has {len(frames['train'])} frames: not a window of {frames_in} + {horizon} each for "
+                        f"training, validation and test (none for {' and '.join(empty)}): lower --frames-in or "
+                        f"--horizon")
+    scale, notes = _own_scale(path, names, frames, stop, first_test, normalize, folder)
+    parts = {part: (frames["test" if part == "test" else "train"], starts[part]) for part in starts}
+    return Windows(f"{path.stem}_{path.suffix[1:]}", parts, frames_in, horizon, scale=scale, notes=notes,
+                   test_set=f"frames {first_test} to {len(frames['test']) - 1} of {path.name}")
+
+
+def _own_scale(path, names, frames, stop, first_test, normalize, folder):
+    """The scale of a file of one's own, after a look at every value, and notes. stop: end of the training side."""
+    side = frames["train"][:stop]
+    low, high = _checked_range(side, path, names["train"], 0, folder)
+    least, most = _checked_range(frames["test"][first_test:], path, names["test"], first_test, folder)
+    if normalize:
+        if low == high:
+            raise DataError(f"{path}: the training part is {low} everywhere, so there is nothing to normalize")
+        notes = [f"normalized by the training part's minimum and maximum, {low:g} and {high:g}"]
+        if least < low or most > high:
+            notes.append(f"the test part goes from {least:g} to {most:g} and is clipped")
+        return Scale(low, high), notes
+    if side.dtype == np.uint8:
+        return LEVELS, []
+    if min(low, least) < 0 or max(high, most) > 1:
+        raise DataError(f"{path} goes from {min(low, least):g} to {max(high, most):g}: floats must lie in [0, 1]; "
+                        f"--normalize scales them")
+    return PLAIN, []
+
+
+class Films:
+    """Films of a user's, to be forecast beyond their end from the last `frames_in` frames of each.
+
+    count: how many films; channels, size, frames_in as in `Clips`.
+    """
+
+    def __init__(self, array, frames_in, scale, axes):
+        self.array, self.frames_in, self.scale, self.axes = array, frames_in, scale, axes
+        self.count, _, self.channels, *size = array.shape
+        self.size = tuple(size)
+
+    def frames(self, start, stop, device="cpu"):
+        """Films start … stop - 1: float32 (b, frames_in, C, H, W) in [0, 1]."""
+        return torch.from_numpy(self.scale.to_network(self.array[start:stop, -self.frames_in:])).to(device)
+
+    def as_file(self, forecast):
+        """A forecast of all films, (M, K, C, H, W), as an array of the file's own units, dtype and number of axes.
+
+        It is clipped to [0, 1] first.
+        """
+        values = self.scale.to_units(forecast.detach().cpu().double().clamp(0, 1).numpy())
+        values = (np.rint(values) if self.array.dtype == np.uint8 else values).astype(self.array.dtype)
+        return values if self.axes == 5 else values[0] if self.axes == 4 else values[0, :, 0]
+
+
+def scale_of(info):
+    """The `Scale` of a run's data from their `Clips.info()`, or None where a file's dtype tells it."""
+    note = info.get("scale")
+    return None if note is None else Scale(*note)
+
+
+def open_films(path, info):
+    """The films of a .npy file, (N, H, W), (N, C, H, W) or (M, T, C, H, W), for a model trained on the data of `info`.
+
+    info: the `Clips.info()` of those data: frames_in, channels and size that the model takes, and the scale, if the
+    data have one of their own; otherwise uint8 is 0 … 255 and floats lie in [0, 1]. Raises DataError, one line.
+    """
+    path = Path(path)
+    if path.suffix != ".npy" or not path.is_file():
+        raise DataError(f"{path} is {'not a .npy' if path.exists() else 'no'} file: films to forecast come as .npy")
+    array = _map(path, path)
+    frames_in, channels, size = info["frames_in"], info["channels"], tuple(info["size"])
+    if array.shape[2:] != (channels, *size):
+        has = " x ".join(str(n) for n in array.shape[2:])
+        raise DataError(f"{path} has frames of {has} (channels, height, width), the model takes {channels} x {size[0]} x "
+                        f"{size[1]}")
+    if array.shape[1] < frames_in:
+        raise DataError(f"{path} has films of {array.shape[1]} frames, the model reads {frames_in}")
+    scale, last = scale_of(info), array[:, -frames_in:]
+    for number, film in enumerate(last):
+        low, high = _range(film, path, number * array.shape[1] + array.shape[1] - frames_in)
+        if scale is None and array.dtype != np.uint8 and (low < 0 or high > 1):
+            raise DataError(f"{path} goes from {low:g} to {high:g}: floats must lie in [0, 1] for this model")
+    with open(path, "rb") as file:
+        axes = len(_header(file, path)[0])
+    return Films(array, frames_in, scale or (LEVELS if array.dtype == np.uint8 else PLAIN), axes)
+
+
 # -------------------------------------------------------------------------------------------------------------- opening
+
+DATASETS = {"moving_mnist": open_moving_mnist, "moving_digits": open_moving_digits}
+
 
 def open_data(name_or_path, data_dir="data", setup="patch4", frames_in=None, horizon=None, normalize=False, box=None):
     """Open a dataset by name, or a file of your own by its path: a `Clips`.
 
     data_dir: the folder where datasets lie or are downloaded to. setup: "patch4" or "fullres", where a dataset differs
-    between them. frames_in, horizon: override the dataset's. Raises DataError, one line, for whatever cannot be used.
+    between them. frames_in, horizon: override the dataset's. normalize: scale a file of your own by its training part's
+    minimum and maximum. Raises DataError, one line, for whatever cannot be used.
     """
     for option, value in (("--frames-in", frames_in), ("--horizon", horizon)):
         if value is not None and value < 1:
             raise DataError(f"{option} {value}: at least 1 frame is needed")
+    if normalize and name_or_path in DATASETS:
+        raise DataError(f"--normalize is for a file of your own, not for {name_or_path}")
     if name_or_path == "moving_mnist":
         return open_moving_mnist(Path(data_dir) / "mnist", setup, frames_in, horizon)
     if name_or_path == "moving_digits":
         return open_moving_digits(setup, frames_in, horizon)
-    raise DataError(f"no dataset and no file is called {name_or_path}; datasets: moving_mnist, moving_digits")
+    path = Path(name_or_path)
+    if path.exists():
+        return open_own(path, Path(data_dir) / "own", frames_in, horizon, normalize)
+    raise DataError(f"no dataset and no file is called {name_or_path}; datasets: {', '.join(DATASETS)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

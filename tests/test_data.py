@@ -60,7 +60,7 @@ def test_an_epoch_of_a_fixed_set_is_a_permutation_and_batches_straddle_epochs():
     assert (np.concatenate([data.fixed_order(3, i, 2, 10) for i in range(10)]) == order).all()
 
 
-# ----------------------------------------------------------------------------------------------------------- trajectories
+# --------------------------------------------------------------------------------------------------------- trajectories
 
 def raw_for(start=(2**31, 2**31), direction=0, speed=0, which=0):
     """Raw draws of one sequence, both digits alike."""
@@ -309,7 +309,7 @@ def test_a_damaged_file_is_refused_by_name(real_mnist, tmp_path, fault):
 
 @pytest.fixture
 def mirror(tmp_path_factory, monkeypatch):
-    """A local server that stands for both mirrors; `mirror.answers` lists what it sends, one request after the other."""
+    """A local server that stands for both mirrors; `mirror.answers` lists what it sends."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             mirror.asked.append(self.path)
