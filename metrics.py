@@ -24,13 +24,13 @@ NAMES = {  # metric -> its name in a table, its name and unit on an axis
     "psnr_float": ("PSNR*", "PSNR on floats (dB)"),
     "ssim_gaussian": ("SSIM*", "SSIM, Gaussian window (1 = identical)"),
 }
-for _threshold in RAIN_THRESHOLDS:
-    for _score in ("CSI", "HSS"):
-        NAMES[f"{_score.lower()}_{_threshold}"] = (f"{_score} {_threshold}", f"{_score} at {_threshold} mm/h")
+NAMES |= {f"{score.lower()}_{mm}": (f"{score} {mm}", f"{score} at {mm} mm/h")
+          for score in ("CSI", "HSS") for mm in RAIN_THRESHOLDS}
 
 
 # ---- Scores of frames ------------------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def frame_scores(pred, truth, mask=None):
     """Score every predicted frame.
 
@@ -50,8 +50,9 @@ def frame_scores(pred, truth, mask=None):
     """
     if pred.shape != truth.shape:
         raise ValueError(f"predictions {tuple(pred.shape)} and truth {tuple(truth.shape)} differ in shape")
-    # Few frames at a time: on the CPU what stays in the cache, on a GPU some gigabytes of intermediates.
-    pixels = 2**25 if truth.is_cuda else 2**16
+    # Few frames at a time: on a GPU some gigabytes of intermediates; on the CPU what stays in the cache and below the
+    # 2^15 values from which torch splits an operation over threads, which costs more than it gains when they are busy.
+    pixels = 2**25 if truth.is_cuda else 2**15 - 1
     frames = max(1, pixels // truth[0, 0].numel())
     chunks = [x.flatten(0, 1).split(frames) for x in (pred, truth)]
     chunks.append([None] * len(chunks[0]) if mask is None else mask.flatten(0, 1).split(frames))
@@ -81,13 +82,13 @@ def _chunk_scores(pred, truth, mask):
 def _to_8bit(x):
     """uint8(x·255), truncated, as float64. In float32 (float64 where x is): there k/255 gives back k for every k."""
     x = x if x.dtype == torch.float64 else x.float()
-    return (x * 255).clamp(0, 255).floor().double()
+    return (x * 255).clamp(0, 255).floor_divide(1).double()  # .floor() would go to all threads, however little it is
 
 
 def _frame_sum(x):
-    """(n, …) -> (n,): the sum over a frame, by adding the second half to the first until one value is left. Overwrites x.
+    """(n, …) -> (n,): the sums over frames, by adding the second half to the first until one value is left.
 
-    Unlike torch.sum, whose order of additions depends on the number of frames, the device and the threads.
+    Unlike torch.sum, whose order of additions depends on the number of frames, the device and the threads. Works in x.
     """
     x = x.flatten(1)
     while (size := x.shape[1]) > 1:
@@ -111,11 +112,14 @@ def _ssim(x, y, window, top, covariance):
     size = 1 + max(max(offsets) for _, offsets in window)
     if min(x.shape[-2:]) < size:
         return x.new_full(x.shape[:1], math.nan)
-    maps = torch.stack([x, y, x * x + y * y, x * y])
-    for dim in (-1, -2):
-        fits = maps.shape[dim] - size + 1
-        maps = sum(weight * sum(maps.narrow(dim, k, fits) for k in offsets) for weight, offsets in window)
-    mean_x, mean_y, squares, product = maps  # (n, C, H', W') each
+
+    def local_mean(x):  # (n, C, H, W) -> (n, C, H', W')
+        for dim in (-1, -2):
+            fits = x.shape[dim] - size + 1
+            x = sum(weight * sum(x.narrow(dim, k, fits) for k in offsets) for weight, offsets in window)
+        return x
+
+    mean_x, mean_y, squares, product = map(local_mean, (x, y, x * x + y * y, x * y))
     c1, c2 = (0.01 * top) ** 2, (0.03 * top) ** 2
     means, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
     similarity = (2 * means + c1) * (2 * covariance * (product - means) + c2)
@@ -133,10 +137,11 @@ def summarize(scores):
     summary = {}
     for name, values in scores.items():
         frames = values.double().T.tolist()  # T lists of N
-        finite = [[v for v in frame if v != math.inf] for frame in frames]
-        summary[name] = {"mean": _mean(sum(finite, [])), "frames": [_mean(frame) for frame in finite]}
         if name == "psnr":
-            summary[name]["exact"] = values.numel() - sum(map(len, finite))
+            frames = [[v for v in frame if v != math.inf] for frame in frames]
+        summary[name] = {"mean": _mean(sum(frames, [])), "frames": [_mean(frame) for frame in frames]}
+        if name == "psnr":
+            summary[name]["exact"] = values.numel() - sum(map(len, frames))
     return summary
 
 
@@ -151,7 +156,7 @@ def _mean(values):
 def rain_counts(pred_mm, truth_mm, thresholds=RAIN_THRESHOLDS, mask=None):
     """Count hits, misses, false alarms and correct negatives of "it rains at least so much".
 
-    pred_mm, truth_mm: (B, T, C, H, W) in the unit of the thresholds, mm/h; mask: None or bool, True where a pixel counts.
+    pred_mm, truth_mm: (B, T, C, H, W) in the thresholds' unit, mm/h; mask: None or bool, True where a pixel counts.
     Returns int64 (thresholds, T, 4) on their device: add up the counts of all batches and processes, then csi_hss.
     """
     counts = []
@@ -203,6 +208,8 @@ def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim")):
     if "psnr" in metrics and any(exact.values()):
         counts = ", ".join(f"{n} ({name.replace('_', ' ')})" for name, n in exact.items() if n)
         text += f"\nPSNR leaves out exact frames: {counts}"
+    if {"psnr_float", "ssim_gaussian"} & set(metrics):
+        text += "\n* on floats, SSIM with a Gaussian window: as MS-LSTM scores"
     return text
 
 
@@ -210,28 +217,26 @@ def _block(results, published, metrics):
     """One block of the table: these metrics of the forecast on the left, of the repeated last frame on the right."""
     forecast, repeat = results["forecast"], results.get("repeat_last")
     sides = [forecast, repeat] if repeat else [forecast]
-    decimals = {m: 2 if max(side[m]["mean"] or 0 for side in sides) >= 10 else 4 for m in metrics}
+    digits = {m: 2 if max(side[m]["mean"] or 0 for side in sides) >= 10 else 4 for m in metrics}
 
-    def cells(entries):
-        """{metric: value} -> a cell per metric."""
-        return ["–" if entries.get(m) is None else f"{entries[m]:.{decimals[m]}f}" for m in metrics]
+    def cells(summaries, pick=lambda entry: entry["mean"]):
+        values = [(pick(summary[m]), digits[m]) for summary in summaries for m in metrics]
+        return ["–" if value is None else f"{value:.{places}f}" for value, places in values]
 
     rows = [["frame"] + [NAMES[m][0] for m in metrics] * len(sides)]
     for k in range(len(forecast[metrics[0]]["frames"])):
-        rows.append([str(k + 1)] + [cell for side in sides for cell in cells({m: side[m]["frames"][k] for m in metrics})])
-    rows.append(["mean"] + [cell for side in sides for cell in cells({m: side[m]["mean"] for m in metrics})])
-    rule = len(rows) - 1
+        rows.append([str(k + 1)] + cells(sides, lambda entry: entry["frames"][k]))
+    rule = len(rows)
+    rows.append(["mean"] + cells(sides))
     for name in ("all_predictions", "black"):
         if metrics[0] in results.get(name, {}):
-            summary = results[name]
-            count = len(summary[metrics[0]]["frames"])
-            rows.append([name if name == "black" else f"all {count} predictions"]
-                        + cells({m: summary[m]["mean"] for m in metrics}))
+            count = len(results[name][metrics[0]]["frames"])
+            rows.append([name if name == "black" else f"all {count} predictions"] + cells([results[name]]))
     for paper in published:
         if any(paper.get(m) is not None for m in metrics):  # digits as the paper prints them
             rows.append([paper["source"][:24]] + ["–" if paper.get(m) is None else f"{paper[m]:g}" for m in metrics])
 
-    widths = [1 + max(len(row[k]) for row in rows if k < len(row)) for k in range(len(rows[0]))]
+    widths = [2 * (k > 0) + max(len(row[k]) for row in rows if k < len(row)) for k in range(len(rows[0]))]
     bar = 1 + len(metrics)  # the first column of the right side
 
     def line(row):
@@ -332,7 +337,8 @@ def _panel(panel, styles, x0, y0):
         xs, ys = zip(*piece)
         out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}" '
                    f'points="{" ".join(points)}" data-label="{escape(label)}" '
-                   f'data-x="{" ".join(map(repr, xs))}" data-values="{" ".join(map(repr, ys))}"/>')
+                   f'data-x="{" ".join(repr(float(x)) for x in xs)}" '
+                   f'data-values="{" ".join(repr(float(y)) for y in ys)}"/>')
         out += [f'<path d="{marker}" transform="translate({point})" fill="{colour}"/>'
                 for point in points[::math.ceil(len(points) / 20)]]
     if not pieces:
@@ -368,12 +374,12 @@ def _axis(values, start, end, log):
     else:  # a logarithmic axis of less than a decade is nearly linear
         lowest, highest = (10**a, 10**b) if log else (a, b)
         power = 10 ** math.floor(math.log10((highest - lowest) / 4))
-        step = next(m * power for m in (1, 2, 5, 10, 20) if (highest - lowest) / (m * power) <= 6)
+        step = next(m * power for m in (1, 2, 5, 10) if (highest - lowest) / (m * power) <= 6)
         if all(isinstance(v, int) for v in values):
             step = max(1, round(step))
         ticks = [k * step for k in range(math.ceil(lowest / step), math.floor(highest / step) + 1)]
-    return ([t for t in ticks if a <= scale(t) <= b] if not log else [t for t in ticks if t > 0 and a <= scale(t) <= b],
-            lambda value: start + (scale(value) - a) / (b - a) * (end - start))
+    ticks = [t for t in ticks if a <= scale(t) <= b]
+    return ticks, lambda value: start + (scale(value) - a) / (b - a) * (end - start)
 
 
 def _text(x, y, text, anchor="middle", size=11, turn=0):

@@ -1,0 +1,423 @@
+"""metrics.py against slow literal versions, values worked out by hand and values of scikit-image."""
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+import metrics
+
+SVG = "{http://www.w3.org/2000/svg}"
+PIXEL_METRICS = ("mse", "mae", "psnr", "ssim")
+
+
+def clips(*shape, noise=0.2):
+    truth = torch.rand(shape)
+    return truth + noise * torch.randn(shape), truth
+
+
+def frames(*values):
+    """Frames of one number per pixel as (1, T, 1, H, W)."""
+    return torch.tensor(values)[None, :, None]
+
+
+# ---- Scores of frames, literally -------------------------------------------------------------------------------------
+
+def slow_ssim(x, y, window, top, sample):
+    """SSIM of two (H, W) arrays, position by position. window: (k, k) weights that add up to one."""
+    k, (height, width) = len(window), x.shape
+    correction = k * k / (k * k - 1) if sample else 1
+    values = []
+    for i in range(height - k + 1):
+        for j in range(width - k + 1):
+            a, b = x[i:i + k, j:j + k], y[i:i + k, j:j + k]
+            mean_a, mean_b = (window * a).sum(), (window * b).sum()
+            var_a = correction * (window * (a - mean_a) ** 2).sum()
+            var_b = correction * (window * (b - mean_b) ** 2).sum()
+            cov = correction * (window * (a - mean_a) * (b - mean_b)).sum()
+            c1, c2 = (0.01 * top) ** 2, (0.03 * top) ** 2
+            values.append((2 * mean_a * mean_b + c1) * (2 * cov + c2)
+                          / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)))
+    return np.mean(values)
+
+
+def slow_scores(pred, truth):
+    """All scores of one (C, H, W) frame, one pixel after the other."""
+    squares = absolutes = squares8 = 0.0
+    pred8, truth8 = np.zeros(pred.shape), np.zeros(pred.shape)
+    clipped = np.zeros(pred.shape)
+    for at in np.ndindex(*pred.shape):
+        clipped[at] = min(max(pred[at], np.float32(0)), np.float32(1))
+        pred8[at] = np.uint8(np.float32(clipped[at]) * np.float32(255))
+        truth8[at] = np.uint8(truth[at] * np.float32(255))
+        squares += (clipped[at] - float(truth[at])) ** 2
+        absolutes += abs(clipped[at] - float(truth[at]))
+        squares8 += (pred8[at] - truth8[at]) ** 2
+    gauss = np.array([[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)])
+    gauss, uniform = gauss / gauss.sum(), np.full((7, 7), 1 / 49)
+    channels = range(len(pred))
+    return {
+        "mse": squares,
+        "mae": absolutes,
+        "psnr": 20 * math.log10(255) - 10 * math.log10(squares8 / pred.size),
+        "ssim": np.mean([slow_ssim(pred8[c], truth8[c], uniform, 255, True) for c in channels]),
+        "psnr_float": 10 * math.log10(1 / (squares / pred.size + 1e-5)),
+        "ssim_gaussian": np.mean([slow_ssim(clipped[c], truth[c].astype(np.float64), gauss, 1, False)
+                                  for c in channels]),
+    }
+
+
+@pytest.mark.parametrize("channels, height, width", [(1, 16, 16), (2, 13, 18)])
+def test_frame_scores_against_literal_versions(channels, height, width):
+    pred, truth = clips(2, 2, channels, height, width)
+    truth[0, 0] *= truth[0, 0] > 0.7  # mostly black, as digits are
+    assert (pred < 0).any() and (pred > 1).any()  # clipping matters
+    scores = metrics.frame_scores(pred, truth)
+    assert list(scores) == ["mse", "mae", "psnr", "ssim", "psnr_float", "ssim_gaussian"]
+    for b, t in np.ndindex(2, 2):
+        for name, value in slow_scores(pred[b, t].numpy(), truth[b, t].numpy()).items():
+            assert scores[name][b, t].item() == pytest.approx(value, rel=1e-11), name
+
+
+# skimage.metrics.structural_similarity and peak_signal_noise_ratio (scikit-image 0.26) of the 8-bit images below;
+# the Gaussian one with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1 of them over 255.
+SKIMAGE = [
+    (7, 7, 0.971535678221077, 21.860072541898038, math.nan),
+    (12, 10, 0.7594731400805435, 14.03540308230793, math.nan),
+    (16, 20, 0.6416296042955644, 12.888291088974725, 0.5769260570605191),
+    (64, 64, 0.6107532991940633, 11.871523484444008, 0.6103313807555822),
+]
+
+
+@pytest.mark.parametrize("height, width, ssim, psnr, ssim_gaussian", SKIMAGE)
+def test_values_of_scikit_image(height, width, ssim, psnr, ssim_gaussian):
+    i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    truth = 7 * i * i + 13 * j + 3 * i * j
+    pred = truth + (5 * i * j) % 41
+    scores = metrics.frame_scores(*((x % 256).double()[None, None, None] / 255 for x in (pred, truth)))
+    assert scores["ssim"].item() == pytest.approx(ssim, abs=1e-9)
+    assert scores["ssim_gaussian"].item() == pytest.approx(ssim_gaussian, abs=1e-9, nan_ok=True)
+    assert scores["psnr"].item() == pytest.approx(psnr, abs=1e-9)
+
+
+def test_one_wrong_pixel():
+    truth = torch.zeros(1, 1, 1, 8, 8)
+    pred = truth.clone()
+    pred[..., 0, 0] = 0.5
+    scores = metrics.frame_scores(pred, truth)
+    assert scores["mse"].item() == 0.25 and scores["mae"].item() == 0.5
+    assert scores["psnr"].item() == pytest.approx(20 * math.log10(255) - 10 * math.log10(127**2 / 64), rel=1e-14)
+    assert scores["psnr_float"].item() == pytest.approx(-10 * math.log10(0.25 / 64 + 1e-5), rel=1e-14)
+    # Of the four 7×7 positions only the first sees the pixel: mean 127/49, variance 127²/49, truth and covariance 0.
+    c1, c2 = 2.55**2, 7.65**2
+    first = c1 * c2 / (((127 / 49) ** 2 + c1) * (127**2 / 49 + c2))
+    assert scores["ssim"].item() == pytest.approx((first + 3) / 4, rel=1e-12)
+
+
+def test_constant_frames():
+    pred, truth = torch.full((1, 1, 1, 12, 12), 100 / 255), torch.full((1, 1, 1, 12, 12), 50 / 255)
+    scores = metrics.frame_scores(pred, truth)
+    c1 = 2.55**2
+    assert scores["ssim"].item() == pytest.approx((2 * 100 * 50 + c1) / (100**2 + 50**2 + c1), rel=1e-12)
+    assert scores["psnr"].item() == pytest.approx(20 * math.log10(255 / 50), rel=1e-14)
+
+
+def test_eight_bit_values_are_truncated_and_survive_the_way_there_and_back():
+    levels = torch.arange(256)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert torch.equal(metrics._to_8bit(levels.to(dtype) / 255), levels.double()), dtype
+    assert metrics._to_8bit(torch.tensor([0.999, 1.3, -0.1])).tolist() == [254, 255, 0]
+
+
+def test_predictions_are_clipped():
+    truth = frames([[0.0, 1.0]])
+    assert metrics.frame_scores(frames([[-3.0, 7.0]]), truth)["mse"].item() == 0
+    assert metrics.frame_scores(frames([[math.inf, 7.0]]), truth)["mae"].item() == 1
+
+
+def test_exact_frames_are_left_out_of_psnr_and_counted():
+    pred, truth = clips(3, 2, 1, 12, 12)
+    pred[1, 0] = truth[1, 0]
+    pred[:, 1] = truth[:, 1]
+    scores = metrics.frame_scores(pred, truth)
+    assert scores["psnr"][1, 0] == math.inf
+    assert scores["ssim"][1, 0] == 1 and scores["ssim_gaussian"][1, 0] == 1
+    assert scores["psnr_float"][1, 0].item() == pytest.approx(50)  # 10·log10(1/1e-5)
+    psnr = metrics.summarize(scores)["psnr"]
+    mean = (scores["psnr"][0, 0] + scores["psnr"][2, 0]).item() / 2
+    assert psnr == {"mean": pytest.approx(mean), "frames": [pytest.approx(mean), None], "exact": 4}
+
+
+def test_frames_smaller_than_the_window_have_no_ssim():
+    scores = metrics.frame_scores(*clips(1, 2, 1, 6, 20))
+    assert scores["ssim"].isnan().all() and scores["ssim_gaussian"].isnan().all()
+    assert scores["psnr"].isfinite().all()
+    scores = metrics.frame_scores(*clips(1, 2, 1, 10, 20))
+    assert scores["ssim"].isfinite().all() and scores["ssim_gaussian"].isnan().all()
+    assert metrics.summarize(scores)["ssim_gaussian"] == {"mean": None, "frames": [None, None]}
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="differ in shape"):
+        metrics.frame_scores(torch.zeros(1, 2, 1, 8, 8), torch.zeros(1, 1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scores_are_float64_whatever_comes_in(dtype):
+    pred, truth = (x.to(dtype) for x in clips(2, 3, 1, 16, 16))
+    scores = metrics.frame_scores(pred, truth)
+    assert all(values.dtype == torch.float64 and values.shape == (2, 3) for values in scores.values())
+    error = pred.double().clamp(0, 1) - truth.double()  # no rounding beyond that of the input itself
+    assert torch.allclose(scores["mse"], error.square().sum((2, 3, 4)), rtol=1e-14, atol=0)
+
+
+# In the last shape one frame fills more than a chunk.
+@pytest.mark.parametrize("shape", [(5, 3, 1, 16, 16), (40, 5, 2, 13, 21), (3, 1, 1, 182, 190)])
+def test_batch_split_changes_no_bit(shape):
+    pred, truth = clips(*shape)
+    mask = torch.rand(pred.shape) > 0.3
+    for masked in (False, True):
+        def score(rows):
+            return metrics.frame_scores(pred[rows], truth[rows], mask[rows] if masked else None)
+
+        whole, parts = score(slice(None)), [score(slice(0, 1)), score(slice(1, None))]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in whole}
+        assert all(torch.equal(whole[name], joined[name]) for name in whole)
+        assert metrics.summarize(whole) == metrics.summarize(joined)
+
+
+def test_a_mask_leaves_pixels_out():
+    pred, truth = clips(2, 3, 2, 16, 16)
+    mask = torch.rand(pred.shape) > 0.4
+    scores = metrics.frame_scores(pred, truth, mask)
+    error = (pred.double().clamp(0, 1) - truth.double()) * mask
+    assert torch.allclose(scores["mse"], error.square().sum((2, 3, 4)), rtol=1e-13, atol=0)
+    assert torch.allclose(scores["mae"], error.abs().sum((2, 3, 4)), rtol=1e-13, atol=0)
+    error8 = ((pred.clamp(0, 1) * 255).floor() - (truth * 255).floor()).double() * mask
+    mse8 = error8.square().sum((2, 3, 4)) / mask.sum((2, 3, 4))
+    assert torch.allclose(scores["psnr"], 10 * torch.log10(255**2 / mse8), rtol=1e-13, atol=0)
+
+    disturbed, elsewhere = torch.where(mask, pred, math.nan), torch.where(mask, truth, torch.rand(truth.shape))
+    again = metrics.frame_scores(disturbed, elsewhere, mask)
+    assert all(torch.equal(scores[name], again[name]) for name in scores)
+    nothing = metrics.frame_scores(pred, truth, torch.zeros_like(mask))
+    assert (nothing["mse"] == 0).all() and (nothing["psnr"] == math.inf).all() and (nothing["ssim"] == 1).all()
+    everything = metrics.frame_scores(pred, truth, torch.ones_like(mask))
+    assert all(torch.equal(everything[name], values) for name, values in metrics.frame_scores(pred, truth).items())
+
+
+def test_nan_in_a_prediction_shows():
+    pred, truth = clips(2, 2, 1, 12, 12)
+    pred[0, 1, 0, 3, 3] = math.nan
+    summary = metrics.summarize(metrics.frame_scores(pred, truth))
+    for entry in summary.values():
+        assert entry["mean"] is None and entry["frames"][1] is None and entry["frames"][0] is not None
+
+
+def test_summary_by_hand_and_fit_for_json():
+    scores = {"mse": torch.tensor([[1.0, 2.0], [3.0, 6.0]]), "psnr": torch.tensor([[10.0, math.inf], [20.0, 60.0]])}
+    summary = metrics.summarize(scores)
+    assert summary["mse"] == {"mean": 3.0, "frames": [2.0, 4.0]}
+    assert summary["psnr"] == {"mean": 30.0, "frames": [15.0, 60.0], "exact": 1}  # 30: over the three that are left
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_what_the_cpu_gives():
+    pred, truth = clips(3, 4, 1, 64, 64)
+    there = metrics.frame_scores(pred.cuda(), truth.cuda())
+    for name, values in metrics.frame_scores(pred, truth).items():
+        assert there[name].is_cuda and torch.allclose(there[name].cpu(), values, rtol=1e-12, atol=0), name
+
+
+# ---- Rain ------------------------------------------------------------------------------------------------------------
+
+def test_rain_counts_and_scores_by_hand():
+    pred = frames([[0.5, 3.0], [0.4, 0.0]], [[0.0, 0.0], [0.0, 0.0]])
+    truth = frames([[0.5, 0.1], [2.5, 0.0]], [[0.0, 0.0], [0.0, 9.0]])
+    counts = metrics.rain_counts(pred, truth)  # hits, misses, false alarms, correct negatives
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == [[[1, 1, 1, 1], [0, 1, 0, 3]],   # 0.5 mm/h: "at least", so 0.5 itself is an event
+                               [[0, 1, 1, 2], [0, 1, 0, 3]],   # 2 mm/h
+                               [[0, 0, 0, 4], [0, 1, 0, 3]]]   # 5 mm/h
+    scores = metrics.csi_hss(counts)
+    assert list(scores) == ["csi_0.5", "hss_0.5", "csi_2", "hss_2", "csi_5", "hss_5"]
+    assert scores["csi_0.5"] == {"mean": pytest.approx(1 / 6), "frames": [pytest.approx(1 / 3), 0.0], "undefined": 0}
+    assert scores["hss_0.5"]["frames"] == [0.0, 0.0]  # 2(1·1 − 1·1) = 0
+    assert scores["hss_2"]["frames"] == [pytest.approx(2 * (0 - 1) / (1 * 3 + 1 * 3)), 0.0]
+    # No rain of 5 mm/h at the first lead time, forecast or fallen: 0/0 is no score, and no zero in the mean either.
+    assert scores["csi_5"] == {"mean": 0.0, "frames": [None, 0.0], "undefined": 1}
+    assert scores["hss_5"] == {"mean": 0.0, "frames": [None, 0.0], "undefined": 1}
+    json.dumps(scores, allow_nan=False)
+
+
+def test_scores_of_a_contingency_table():
+    counts = torch.tensor([[[50, 20, 30, 900]]])
+    scores = metrics.csi_hss(counts, thresholds=[1])
+    assert scores["csi_1"]["mean"] == 0.5
+    # 2(50·900 − 20·30) / (70·920 + 80·930) = 88800 / 138800
+    assert scores["hss_1"]["mean"] == pytest.approx(88800 / 138800, rel=1e-15)
+    dry = metrics.csi_hss(torch.tensor([[[0, 0, 0, 10]]]), thresholds=[1])
+    assert dry["csi_1"] == {"mean": None, "frames": [None], "undefined": 1}
+
+
+def test_rain_counts_add_up_and_respect_the_mask():
+    pred, truth = (10 * torch.rand(4, 3, 1, 9, 9) for _ in range(2))
+    mask = torch.rand(pred.shape) > 0.5
+    counts = metrics.rain_counts(pred, truth, mask=mask)
+    parts = [metrics.rain_counts(pred[rows], truth[rows], mask=mask[rows]) for rows in (slice(0, 1), slice(1, 4))]
+    assert torch.equal(counts, parts[0] + parts[1])
+    assert torch.equal(counts.sum(-1), mask.sum((0, 2, 3, 4)).expand(3, 3))
+    expected = torch.zeros(3, 3, 4, dtype=torch.int64)
+    for b, t, c, y, x in np.ndindex(*pred.shape):
+        if mask[b, t, c, y, x]:
+            for k, threshold in enumerate((0.5, 2, 5)):
+                forecast, fell = pred[b, t, c, y, x] >= threshold, truth[b, t, c, y, x] >= threshold
+                expected[k, t, 0 if forecast and fell else 1 if fell else 2 if forecast else 3] += 1
+    assert torch.equal(counts, expected)
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+
+def summary_of(frames, **others):
+    """A made-up summary: MSE as given, MAE, PSNR and SSIM two, three and four times as much."""
+    summary = {name: {"mean": sum(frames) / len(frames) * k, "frames": [f * k for f in frames]}
+               for k, name in enumerate(PIXEL_METRICS, 1)}
+    summary["psnr"]["exact"] = 0
+    return summary | others
+
+
+def test_table_holds_the_numbers():
+    results = {
+        "forecast": summary_of([10.5, 20.25], csi_2={"mean": 0.25, "frames": [0.25, None], "undefined": 1}),
+        "all_predictions": summary_of([7.0] * 5),
+        "repeat_last": summary_of([100.0, 101.0], csi_2={"mean": 0.125, "frames": [0.0, 0.25], "undefined": 0}),
+        "black": summary_of([300.0, 302.0]),
+    }
+    results["black"]["psnr"]["exact"] = 3
+    published = [{"source": "CMS-LSTM, Table 1", "mse": 61.2, "ssim": 0.888, "params": "0.4M"},
+                 {"source": "a paper without these", "params": "1M"}]
+    text = metrics.table(results, published)
+    assert max(map(len, text.splitlines())) <= 100
+    rows = {line.split("  ")[0]: line.replace("|", " ").split() for line in text.split("\n\n")[0].splitlines()}
+    assert rows["frame"] == ["frame"] + ["MSE", "MAE", "PSNR", "SSIM"] * 2
+    assert rows["1"][1:] == ["10.50", "21.00", "31.50", "42.00", "100.00", "200.00", "300.00", "400.00"]
+    assert rows["2"][1:5] == ["20.25", "40.50", "60.75", "81.00"]
+    assert rows["mean"][1] == f"{(10.5 + 20.25) / 2:.2f}" and rows["mean"][5] == "100.50"
+    assert rows["all 5 predictions"][3] == "7.00"
+    assert rows["black"][1:] == ["301.00", "602.00", "903.00", "1204.00"]
+    assert rows["CMS-LSTM, Table 1"][3:] == ["61.2", "–", "–", "0.888"]
+    assert "without these" not in text
+    assert "PSNR leaves out exact frames: 3 (black)" in text
+    rain = text.split("\n\n")[1]
+    assert "CSI 2" in rain and "0.2500" in rain and "0.1250" in rain
+    assert rain.splitlines()[4].split() == ["2", "–", "|", "0.2500"]
+
+
+def test_table_of_a_real_evaluation_stays_narrow():
+    pred, truth = clips(2, 12, 2, 128, 128)
+    summary = metrics.summarize(metrics.frame_scores(pred, truth))
+    summary |= metrics.csi_hss(metrics.rain_counts(pred * 8, truth * 8))
+    results = dict.fromkeys(("forecast", "all_predictions", "repeat_last", "black"), summary)
+    for shown in (PIXEL_METRICS, ("mse", "mae", "psnr_float", "ssim_gaussian")):
+        text = metrics.table(results, [{"source": "A very long name of a source, Table 12", "mse": 1.5}], shown)
+        assert max(map(len, text.splitlines())) <= 100
+        assert all(f"{score} {mm}" in text for score in ("CSI", "HSS") for mm in (0.5, 2, 5))
+    text = metrics.table({"forecast": summary}, metrics=["psnr_float"])
+    assert "PSNR*" in text and "* on floats" in text
+
+
+# ---- Curves ----------------------------------------------------------------------------------------------------------
+
+def curves_in(svg):
+    """{label: [(xs, values, points) per piece]} of an SVG text."""
+    found = {}
+    for line in ElementTree.fromstring(svg).iter(f"{SVG}polyline"):
+        xs, values = ([float(v) for v in line.get(name).split()] for name in ("data-x", "data-values"))
+        points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+        assert len(xs) == len(values) == len(points)
+        found.setdefault(line.get("data-label"), []).append((xs, values, points))
+    return found
+
+
+def texts_in(svg):
+    return [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def ticks_of(svg, turned=False):
+    """(value, place in pixels) of an axis: x, or y if turned."""
+    anchor, place = ("end", "y") if turned else ("middle", "x")
+    ticks = []
+    for text in ElementTree.fromstring(svg).iter(f"{SVG}text"):
+        if text.get("text-anchor") == anchor and text.text.replace(".", "").replace("e-", "").isdigit():
+            ticks.append((float(text.text), float(text.get(place)) - (4 if turned else 0)))
+    return ticks
+
+
+def test_curves_are_the_metrics():
+    pred, truth = clips(3, 6, 1, 16, 16)
+    runs = {"ConvLSTM": metrics.summarize(metrics.frame_scores(pred, truth)),
+            "a <run> & \"more\"": metrics.summarize(metrics.frame_scores(truth * 0, truth))}
+    svg = metrics.curve_panels_svg(metrics.score_panels(runs), title="ConvLSTM full, moving_digits, iteration 7")
+    found = curves_in(svg)
+    assert list(found) == list(runs)
+    for label, summary in runs.items():
+        assert [values for _, values, _ in found[label]] == [summary[metric]["frames"] for metric in PIXEL_METRICS]
+        assert all(xs == [1, 2, 3, 4, 5, 6] for xs, _, _ in found[label])
+    texts = texts_in(svg)
+    assert {"MSE", "PSNR (dB)", "forecast frame", "ConvLSTM full, moving_digits, iteration 7", *runs} <= set(texts)
+    lines = list(ElementTree.fromstring(svg).iter(f"{SVG}polyline"))
+    assert len({(line.get("stroke"), line.get("stroke-dasharray")) for line in lines}) == 2
+
+
+def test_points_lie_where_the_axes_say():
+    for log, values in ((False, [3.0, 17.5, 8.25, 40.0]), (True, [900.0, 45.0, 3.0, 0.5]), (True, [40.0, 55.0])):
+        svg = metrics.curves_svg({"loss": ([0, 100, 250, 400][:len(values)], values)}, "Loss", "iteration", "L1", log)
+        (xs, found, points), = curves_in(svg)["loss"]
+        assert found == values
+        for turned, numbers, places in ((False, xs, [x for x, _ in points]), (True, found, [y for _, y in points])):
+            ticks = ticks_of(svg, turned)
+            assert len(ticks) >= 3
+            scale = math.log10 if log and turned else float
+            (v0, p0), (v1, p1) = ticks[0], ticks[-1]
+            for value, place in zip(numbers, places):
+                expected = p0 + (scale(value) - scale(v0)) / (scale(v1) - scale(v0)) * (p1 - p0)
+                assert place == pytest.approx(expected, abs=0.05)
+
+
+def test_none_is_a_gap_and_an_empty_panel_says_so():
+    svg = metrics.curves_svg({"psnr": [None, 20.5, 21.5, None, 23.0]}, "PSNR", "frame", "dB")
+    assert [(xs, values) for xs, values, _ in curves_in(svg)["psnr"]] == [([2, 3], [20.5, 21.5]), ([5], [23.0])]
+    empty = metrics.curves_svg({"ssim": [None, None]}, "SSIM", "frame", "SSIM")
+    assert not curves_in(empty) and "no values" in texts_in(empty)
+    constant = metrics.curves_svg({"black": [0.0, 0.0, 0.0]}, "MSE", "frame", "MSE")
+    assert len({y for _, y in curves_in(constant)["black"][0][2]}) == 1
+
+
+@pytest.mark.parametrize("values, log", [([1.0, math.nan], False), ([math.inf], False), ([1.0, 0.0], True)])
+def test_what_cannot_be_shown_is_refused(values, log):
+    with pytest.raises(ValueError, match="MSE: a curve cannot show"):
+        metrics.curves_svg({"run": values}, "MSE", "frame", "MSE", log)
+
+
+def test_many_curves_stay_apart_and_inside():
+    curves = {f"run number {k:02d} with a long name": [float(k), float(k + 1)] for k in range(12)}
+    svg = metrics.curves_svg(curves, "MSE", "frame", "MSE")
+    root = ElementTree.fromstring(svg)
+    styles = {(line.get("stroke"), line.get("stroke-dasharray")) for line in root.iter(f"{SVG}polyline")}
+    assert len(styles) == 12
+    for text in root.iter(f"{SVG}text"):
+        assert 0 <= float(text.get("x")) <= float(root.get("width"))
+        assert 0 <= float(text.get("y")) <= float(root.get("height"))
+
+
+def test_long_training_curves_are_kept_whole():
+    steps, losses = list(range(0, 80000, 40)), [100 / (k + 1) for k in range(2000)]
+    svg = metrics.curves_svg({"loss": (steps, losses)}, "Loss", "iteration", "loss", log=True)
+    (xs, values, _), = curves_in(svg)["loss"]
+    assert xs == steps and values == losses
+    markers = [path for path in ElementTree.fromstring(svg).iter(f"{SVG}path") if path.get("transform")]
+    assert len(markers) <= 21  # twenty along the curve, one in the legend
