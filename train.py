@@ -1,0 +1,798 @@
+"""Train a model by name, evaluate it, forecast with it: the command line.
+
+    python train.py convlstm                      the paper's run on Moving MNIST, on a CUDA device
+    python train.py convlstm --quick              a two-minute demonstration on any machine
+    torchrun --nproc_per_node=4 train.py convlstm the same run on four devices
+    python train.py --help                        everything else
+
+Nothing here knows a model's inside: a model file is picked by name, and its contract (README, "The contract") is all that
+is used. A run is a pure function of its settings: clips and sampling masks depend on (seed, iteration) alone, so a
+checkpoint needs no random state, and a resumed run goes on bit for bit.
+
+Sections: errors and interruptions; processes; settings; training; evaluation; runs; commands.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+import metrics
+
+MODELS = ("convlstm", "predrnn", "sa_convlstm", "cms_lstm", "moderrnn", "ms_lstm")
+# A network that any machine trains in two minutes. It says nothing about the papers' results.
+QUICK = dict(data="moving_digits", layers=2, hidden=32, kernel=5, patch=4, batch=8, lr=2e-3, iterations=400, eval_sequences=100)
+EVAL_BATCH = 16                     # sequences at a time; fixed, so that an evaluation can be repeated to the bit
+MASK_STREAM = 16                    # of data.draws, for scheduled sampling
+
+
+# ------------------------------------------------------------------------------------------- errors and interruptions
+
+class UserError(Exception):
+    """Something the user can mend: one line on stderr, exit status 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on: one line on stderr, exit status 1."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, once the run is saved: exit status 130 or 143."""
+
+    def __init__(self, signum, message):
+        super().__init__(message)
+        self.signum = signum
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask to stop, and the loop does so between two iterations; a second Ctrl-C does not wait."""
+
+    def __init__(self):
+        self.signum = 0
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._ask)
+
+    def _ask(self, signum, _):
+        self.signum = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    def agreed(self):
+        """The signal that any process got, on all of them alike; 0 for none."""
+        return processes.maximum(self.signum)
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+class Processes:
+    """This process among those that torchrun started, or alone."""
+
+    def __init__(self):
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
+        self.first = self.rank == 0
+
+    def start(self):
+        if self.count > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    def share(self, total):
+        """This process's part of `total` things: a slice; parts differ by one at the most."""
+        return slice(self.rank * total // self.count, (self.rank + 1) * total // self.count)
+
+    def from_first(self, value):
+        """The first process's value (anything that pickles), on all."""
+        box = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def from_all(self, value):
+        """Every process's value, in the order of their ranks."""
+        box = [value]
+        if self.count > 1:
+            box = [None] * self.count
+            dist.all_gather_object(box, value)
+        return box
+
+    def sum(self, tensor):
+        """The sum over the processes of a tensor, a new one."""
+        tensor = tensor.clone()
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def maximum(self, number):
+        """The largest of the processes' whole numbers; over the CPU, so that no device has to be waited for."""
+        if self.count == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def say(self, *text):
+        if self.first:
+            tqdm.write(" ".join(map(str, text)))
+            sys.stdout.flush()
+
+
+processes = Processes()
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+def model_file(name):
+    """The module of a model, by the name of its file."""
+    if name not in MODELS:
+        raise UserError(f"no model is called {name!r}; the models: {', '.join(MODELS)}")
+    return import_module(name)
+
+
+def device_of(name, quick=False):
+    """The device to work on: what was asked for, or CUDA where there is one."""
+    automatic = name is None
+    name = name or ("cuda" if torch.cuda.is_available() or not quick else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; cuda, cuda:N or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device here: add --device cpu to train on the CPU all the same (days, not hours), "
+                        "or --quick for a two-minute demonstration")
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: only cuda and cpu are supported")
+    if device.type == "cuda":
+        if device.index is None or processes.count > 1 and automatic:
+            device = torch.device("cuda", processes.local)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+        torch.cuda.set_device(device)
+    return device
+
+
+def precision_of(name, device):
+    """The arithmetic to train in; sets up what the whole process shares."""
+    name = name or ("bf16" if device.type == "cuda" else "fp32")
+    if device.type == "cpu":
+        if name == "tf32":
+            raise UserError("--precision tf32 is CUDA's; on the CPU use fp32 or bf16")
+        if name == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise UserError("--precision bf16: this CPU has no bf16 arithmetic; use fp32")
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    torch.backends.cudnn.benchmark = True
+    return name
+
+
+def autocast(device, precision):
+    """Convolutions and matrix products in bf16 where asked for; states, norms, losses and metrics stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def settings(args):
+    """Every setting of a new run, as JSON-safe data, and its clips. What is not given is the paper's."""
+    module = model_file(args.model)
+    setup, variant = args.setup or module.DEFAULT_SETUP, args.variant or "full"
+    if variant not in module.VARIANTS:
+        raise UserError(f"{args.model} has no variant {variant!r}; it has {', '.join(module.VARIANTS)}")
+    quick = QUICK if args.quick else {}
+
+    def pick(name, default=None):
+        return next((v for v in (getattr(args, name), quick.get(name), default) if v is not None), None)
+
+    device = device_of(args.device, quick=args.quick)
+    precision = precision_of(args.precision, device)
+    clips = data.open_data(pick("data", "moving_mnist"), args.data_dir or "data", setup, args.frames_in, args.horizon,
+                           bool(args.normalize), args.box)
+    training = dict(module.TRAINING[setup])
+    training |= training.pop("data").get(clips.name, {})
+    batch = pick("batch", training["batch"])
+    if batch < processes.count:
+        raise UserError(f"--batch {batch} over {processes.count} processes leaves some without a sequence; raise --batch")
+    iterations = pick("iterations", training.get("iterations"))
+    if iterations is None:          # the paper counts epochs
+        iterations = training["epochs"] * clips.train_count // batch
+    on_cpu = device.type == "cpu"
+    eval_sequences = min(pick("eval_sequences", 200 if on_cpu else clips.test_count), clips.test_count)
+    config = dict(
+        model=args.model, variant=variant, setup=setup, quick=bool(args.quick),
+        data=pick("data", "moving_mnist"), data_dir=args.data_dir or "data", normalize=bool(args.normalize), box=args.box,
+        frames_in=clips.frames_in, horizon=clips.horizon, clips=clips.info(),
+        network=dict(channels=clips.channels, size=list(clips.size), hidden=pick("hidden"), layers=pick("layers"),
+                     kernel=pick("kernel"), patch=pick("patch", training.get("patch")), **training.get("model", {})),
+        optimizer=training["optimizer"], weight_decay=training.get("weight_decay", 0.0),
+        lr=pick("lr", training["lr"]), final_lr=training.get("final_lr"), loss=training["loss"],
+        reverse=training["reverse"] and not args.no_reverse, batch=batch,
+        iterations=iterations, schedule=iterations,     # `schedule`: what ε and lr are spread over; stays on a longer run
+        seed=args.seed or 0, precision=precision, recompute=bool(args.recompute), init=args.init,
+        log_every=10 if on_cpu else 100, eval_every=args.eval_every or max(1, iterations // 20),
+        eval_sequences=eval_sequences, save_every=args.save_every or (100 if on_cpu else 1000),
+        device=str(device), versions=versions(device))
+    return config, clips
+
+
+def versions(device):
+    """What a result depends on besides the settings."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, text=True,
+                                capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__, commit=commit, device=name)
+
+
+def build(config):
+    """The network of a run, on the CPU, as its seed makes it."""
+    torch.manual_seed(config["seed"])
+    network = dict(config["network"])
+    try:
+        model = model_file(config["model"]).MODEL(setup=config["setup"], variant=config["variant"],
+                                                  **network | dict(size=tuple(network["size"])))
+    except ValueError as error:
+        raise UserError(f"{config['model']}: {error}") from None
+    model.recompute = config["recompute"]
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+def make_optimizer(model, config):
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config["optimizer"]]
+    return kind(model.parameters(), lr=config["lr"], weight_decay=config["weight_decay"])
+
+
+def learning_rate(config, iteration):
+    """Constant, or a cosine from lr to final_lr over the schedule."""
+    if config["final_lr"] is None:
+        return config["lr"]
+    swing = (1 + math.cos(math.pi * min(1, iteration / config["schedule"]))) / 2
+    return config["final_lr"] + (config["lr"] - config["final_lr"]) * swing
+
+
+def sampling_mask(model, config, iteration, device):
+    """Scheduled sampling: bool (T-1, B), and ε, the probability at the last step."""
+    steps = config["frames_in"] + config["horizon"] - 1
+    p = model.truth_probability(iteration, config["schedule"], config["frames_in"], steps)
+    drawn = data.draws(MASK_STREAM, config["seed"], iteration, config["batch"], steps)
+    mask = drawn[processes.share(config["batch"])] < np.rint(np.array(p) * 2**32)       # (B, T-1)
+    return torch.from_numpy(mask.T.copy()).to(device, non_blocking=True), p[-1]
+
+
+def frame_loss(predictions, truth, kind):
+    """Mean over batch and frames of the sum over pixels of error² ("l2") or error² + |error| ("l1+l2")."""
+    error = predictions.float() - truth
+    pixels = error.square() if kind == "l2" else error.square() + error.abs()
+    return pixels.sum((2, 3, 4)).mean()
+
+
+def train_step(model, optimizer, frames, mask, config):
+    """One optimiser step on one batch; returns the loss, this process's share of it where there are several.
+
+    DDP averages gradients over the processes; weighted by its share of the batch, a process's loss adds up to the loss of
+    the whole batch whatever the shares are.
+    """
+    weight = len(frames) / config["batch"]
+    with autocast(frames.device, config["precision"]):
+        predictions, extra = model(frames, use_truth=mask, extras="loss")
+    loss = (frame_loss(predictions, frames[:, 1:], config["loss"]) + extra.get("loss", 0.0)) * weight
+    optimizer.zero_grad()
+    (loss * processes.count).backward()
+    optimizer.step()
+    return loss.detach()
+
+
+class Progress:
+    """One bar with a terminal; without one, a plain line now and then."""
+
+    def __init__(self, config, iteration):
+        self.batch, self.total, self.plain_at = config["batch"], config["iterations"], 0.0
+        self.start, self.begun = iteration, time.monotonic()
+        terminal = sys.stderr.isatty() and processes.first
+        self.bar = tqdm(total=self.total, initial=iteration, unit="it", dynamic_ncols=True) if terminal else None
+        self.text = ""
+
+    def step(self):
+        if self.bar:
+            self.bar.update()
+
+    def show(self, iteration, loss, epsilon, lr):
+        rate = (iteration - self.start) / (time.monotonic() - self.begun)
+        text = f"loss {loss:.4g}, ε {epsilon:.2f}, lr {lr:.2g}, {rate * self.batch:.1f} sequences/s"
+        if self.bar:
+            self.bar.set_postfix_str(text)
+        elif time.monotonic() - self.plain_at > 15:
+            left = (self.total - iteration) / rate
+            processes.say(f"iteration {iteration}/{self.total}: {text}, {left / 60:.0f} min left")
+            self.plain_at = time.monotonic()
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+
+
+def train(config, clips, folder, checkpoint=None):
+    """Train a run from where it stands to its end; leaves last.pt, best.pt and log.csv. Returns the model."""
+    device, stop = torch.device(config["device"]), Stop()
+    model = build(config).to(device)
+    optimizer = make_optimizer(model, config)
+    losses = torch.zeros(config["log_every"], device=device)      # of the iterations since the last line of the log
+    iteration, seconds, validation = 0, 0.0, []
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        iteration, seconds, validation = (checkpoint[name] for name in ("iteration", "seconds", "validation"))
+        if processes.first:
+            losses += checkpoint["losses"].to(device)
+    elif config["init"]:
+        load_weights(model, config["init"])
+    parallel = DistributedDataParallel(model) if processes.count > 1 else model
+    log = Log(folder, iteration)
+    progress, begun = Progress(config, iteration), time.monotonic() - seconds
+    share = processes.share(config["batch"])
+    last = folder / "last.pt"
+
+    def checked_losses():
+        """The losses since the last line; a loss that is not finite ends the run before it is saved."""
+        window = processes.sum(losses)
+        for back, loss in enumerate(window[: (iteration - 1) % config["log_every"] + 1].tolist()):
+            if not math.isfinite(loss):
+                at = (iteration - 1) // config["log_every"] * config["log_every"] + back + 1
+                kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved yet"
+                raise RunError(f"the loss was not finite at iteration {at}; {kept}; try a lower --lr or --precision fp32")
+        return window
+
+    def save(path):
+        window = checked_losses() if iteration else losses
+        if processes.first:
+            save_checkpoint(path, dict(
+                config=config, iteration=iteration, seconds=time.monotonic() - begun, validation=validation,
+                losses=window.cpu(), model=model.state_dict(), optimizer=optimizer.state_dict()))
+
+    try:
+        while True:
+            # Everything due at this iteration comes first, so a run resumed here, or one that was stopped in the middle
+            # of it, does the same things in the same order.
+            done = iteration == config["iterations"]
+            if iteration and (iteration % config["eval_every"] == 0 or done) and iteration not in (k for k, _ in validation):
+                score = validate(model, config, clips, device, stop)
+                if score is not None:
+                    best = min((mse for _, mse in validation), default=math.inf)
+                    validation.append([iteration, score])
+                    processes.say(f"iteration {iteration}: validation MSE {score:.2f}" + (", the best yet" if score < best else ""))
+                    if score < best:
+                        save(folder / "best.pt")
+            asked = stop.agreed()
+            if iteration % config["save_every"] == 0 or done or asked:
+                save(last)
+            if asked:
+                raise Interrupted(asked, f"stopped at iteration {iteration}, saved; go on with: "
+                                         f"python train.py --resume {folder}")
+            if done:
+                break
+
+            frames = clips.train(config["seed"], iteration, config["batch"], share, device)
+            mask, epsilon = sampling_mask(model, config, iteration, device)
+            lr = learning_rate(config, iteration)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = train_step(parallel, optimizer, frames, mask, config)
+            if config["reverse"]:   # the same clips played backwards are as good a film
+                loss = (loss + train_step(parallel, optimizer, frames.flip(1), mask, config)) / 2
+            losses[iteration % config["log_every"]] = loss
+            iteration += 1
+            progress.step()
+            if iteration % config["log_every"] == 0 or iteration == config["iterations"]:
+                window = checked_losses()
+                mean = window[: (iteration - 1) % config["log_every"] + 1].mean().item()
+                losses.zero_()
+                log.add(iteration, mean, lr, epsilon, time.monotonic() - begun)
+                progress.show(iteration, mean, epsilon, lr)
+    finally:
+        progress.close()
+    return model
+
+
+class Log:
+    """log.csv: a line every so often. Lines past the checkpoint that a run is resumed from are cut off."""
+
+    HEADER = ["iteration", "loss", "lr", "epsilon", "seconds"]
+
+    def __init__(self, folder, iteration):
+        self.path = folder / "log.csv"
+        rows = [self.HEADER]
+        if iteration and self.path.exists():
+            rows += [row for row in read_log(self.path) if int(row[0]) <= iteration]
+        if processes.first:
+            data.write_whole(self.path, "".join(",".join(row) + "\n" for row in rows).encode())
+
+    def add(self, iteration, loss, lr, epsilon, seconds):
+        if processes.first:
+            with open(self.path, "a") as file:
+                file.write(f"{iteration},{loss!r},{lr!r},{epsilon!r},{seconds:.2f}\n")
+
+
+def read_log(path):
+    """The whole rows of a log.csv: a process killed while it wrote may have left half a line at the end."""
+    text = path.read_text()
+    return list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))[1:]
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def score_batches(model, config, part, count, device, stop, baselines=False):
+    """Forecast sequences 0 … count - 1 of a part of the clips and score them.
+
+    part: (start, stop, device) -> clips and where their scores count. Yields a dict for each batch of this process:
+    "forecast" and "all_predictions" (and "repeat_last", "black") -> (predictions, truth, mask), each (b, frames, C, H, W).
+    """
+    share = processes.share(count)
+    model.eval()
+    for start in range(share.start, share.stop, EVAL_BATCH):
+        if stop.signum and processes.count == 1:
+            raise Interrupted(stop.signum, "stopped during an evaluation")
+        frames, mask = part(start, min(start + EVAL_BATCH, share.stop), device)
+        horizon = frames.shape[1] - config["frames_in"]
+        with autocast(device, config["precision"]):
+            predictions = model(frames[:, :-horizon], horizon=horizon)
+        everything = predictions.float(), frames[:, 1:], None if mask is None else mask[:, 1:]
+        forecast, truth, counts = (v if v is None else v[:, -horizon:] for v in everything)
+        found = {"forecast": (forecast, truth, counts), "all_predictions": everything}
+        if baselines:
+            found["repeat_last"] = (frames[:, -horizon - 1:-horizon].expand_as(truth), truth, counts)
+            found["black"] = (torch.zeros_like(truth), truth, counts)
+        yield found
+    model.train()
+
+
+def validate(model, config, clips, device, stop):
+    """The forecast's mean MSE over some of the validation set; None if the user asks to stop meanwhile."""
+    count = min(clips.valid_count, max(1, config["eval_sequences"] // 4), 500)
+    try:
+        mse = [metrics.frame_scores(*batch["forecast"])["mse"].cpu() for batch in score_batches(
+            model, config, lambda *rows: (clips.valid(*rows), None), count, device, stop)]
+    except Interrupted:
+        return None
+    mse = torch.cat([torch.empty(0, config["horizon"], dtype=torch.float64), *mse])
+    return torch.cat(processes.from_all(mse)).mean().item()
+
+
+def evaluate(model, config, clips, device, stop):
+    """All scores of the test set: {"forecast": {"mse": {"mean": …, "frames": […]}, …}, "all_predictions": …, …}."""
+    scores, rain = {}, {}
+    for batch in score_batches(model, config, lambda *rows: (clips.test(*rows), clips.test_mask(*rows)),
+                               config["eval_sequences"], device, stop, baselines=True):
+        for name, (predictions, truth, mask) in batch.items():
+            scores.setdefault(name, []).append({k: v.cpu() for k, v in metrics.frame_scores(predictions, truth, mask).items()})
+            if clips.unit == "mm/h":
+                counts = metrics.rain_counts(clips.to_units(predictions.clamp(0, 1)), clips.to_units(truth), mask=mask)
+                rain[name] = rain.get(name, 0) + counts.cpu()
+    scores, rain = processes.from_all(scores), processes.from_all(rain)
+    summaries = {}
+    for name in scores[0]:
+        batches = [batch for part in scores for batch in part.get(name, [])]
+        summaries[name] = metrics.summarize({k: torch.cat([batch[k] for batch in batches]) for k in batches[0]})
+        if clips.unit == "mm/h":
+            summaries[name] |= metrics.csi_hss(sum(part[name] for part in rain if name in part))
+    return summaries
+
+
+def finish(model, config, clips, folder, iteration, validation, weights="last"):
+    """Evaluate trained weights: write results.json and pictures, print the table."""
+    device, stop = next(model.parameters()).device, Stop()
+    count = config["eval_sequences"]
+    processes.say(f"evaluating {count} of {clips.test_count} test sequences ({clips.test_set})")
+    results = dict(model=config["model"], variant=config["variant"], setup=config["setup"], data=clips.name,
+                   test_set=clips.test_set, sequences=count, frames_in=config["frames_in"], horizon=clips.test_horizon,
+                   iteration=iteration, weights=weights, unit=clips.unit, validation=validation,
+                   **evaluate(model, config, clips, device, stop))
+    if not processes.first:
+        return
+    suffix = "" if weights == "last" else f"-{weights}"
+    data.write_whole(folder / f"results{suffix}.json", (json.dumps(results, indent=1) + "\n").encode())
+    picture = folder / f"forecast{suffix}.png"
+    write_film_strip(model, config, clips, device, picture, iteration)
+    published = [row for row in model_file(config["model"]).PUBLISHED
+                 if (row["variant"], row["setup"], row["data"]) == (config["variant"], config["setup"], clips.name)]
+    print(f"\n{label_of(config, clips, iteration)}, {count} test sequences\n")
+    print(metrics.table(results, published))
+    print(f"\npictures: {picture}\nresults:  {folder / f'results{suffix}.json'}")
+
+
+def label_of(config, clips, iteration):
+    """What a picture or a table is of."""
+    return f"{config['model']} {config['variant']} {config['setup']}, {clips.name}, iteration {iteration}"
+
+
+@torch.no_grad()
+def write_film_strip(model, config, clips, device, path, iteration, sequences=3):
+    """Input, truth, forecast and |truth - forecast| of the first test sequences."""
+    frames = clips.test(0, min(sequences, clips.test_count), device)
+    known, future = frames[:, :config["frames_in"]], frames[:, config["frames_in"]:]
+    with autocast(device, config["precision"]):
+        forecast = model(known, horizon=future.shape[1])[:, -future.shape[1]:].float().clamp(0, 1)
+    rows = []
+    for one in zip(known.cpu(), future.cpu(), forecast.cpu(), (future - forecast).abs().cpu()):
+        rows += zip(("input", "truth", "forecast", "|error|"), one)
+    data.write_whole(path, data.png_bytes(data.film_strip(rows, label_of(config, clips, iteration))))
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+def new_folder(args, config, clips):
+    """Make the folder of a new run; its name is given, or model, variant, data and a running number."""
+    out = Path(args.out or "runs")
+    folder = None
+    if processes.first:
+        if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
+            raise UserError(f"--name {args.name}: a plain name, please; the folder is given with --out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for number in range(1, sys.maxsize):
+                folder = out / (args.name or f"{config['model']}-{config['variant']}-{clips.name}-{number}")
+                try:
+                    folder.mkdir()
+                    break
+                except FileExistsError:
+                    if args.name:
+                        raise UserError(f"--name {args.name}: {folder} exists; another name, or go on with --resume {folder}") from None
+            write_json(folder / "config.json", config)
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}") from None
+    return processes.from_first(folder)
+
+
+def write_json(path, content):
+    data.write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def save_checkpoint(path, checkpoint):
+    data.write_whole(path, lambda file: torch.save(checkpoint, file))
+
+
+def load_checkpoint(run):
+    """A run's folder (its last.pt) or one of its checkpoints: (the folder, "last" or "best", the checkpoint)."""
+    path = Path(run)
+    path = path / "last.pt" if path.is_dir() else path
+    if not path.exists():
+        what = "the run was stopped before its first checkpoint" if (path.parent / "config.json").exists() else "no such run"
+        raise UserError(f"{run}: {what} ({path} is missing)")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["config"]["model"], checkpoint["model"], checkpoint["iteration"]
+    except Exception:
+        raise UserError(f"{path}: not a checkpoint of train.py, or a damaged one") from None
+    return path.parent, path.stem, checkpoint
+
+
+def load_weights(model, run):
+    """--init: the weights of another run, which must be of the same network."""
+    _, _, checkpoint = load_checkpoint(run)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError:
+        other = checkpoint["config"]
+        raise UserError(f"--init {run}: another network ({other['model']} {other['variant']} {other['setup']}, "
+                        f"{other['network']})") from None
+
+
+def open_run_data(config, args):
+    """The clips that a run was trained on."""
+    clips = data.open_data(config["data"], args.data_dir or config["data_dir"], config["setup"], config["frames_in"],
+                           config["horizon"], config["normalize"], config["box"])
+    if [clips.channels, *clips.size] != [config["network"]["channels"], *config["network"]["size"]]:
+        raise UserError(f"--data {config['data']}: frames of {clips.channels}×{clips.size[0]}×{clips.size[1]} now; "
+                        f"the run was trained on another size")
+    return clips
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+def command_train(args):
+    config, clips = settings(args)
+    model = build(config)           # a network that cannot be built, or not from --init, leaves no folder behind
+    if args.init:
+        load_weights(model, args.init)
+    processes.start()
+    folder = new_folder(args, config, clips)
+    processes.say(f"{folder}: {config['model']} {config['variant']}, {config['setup']}, {clips.name}, "
+                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {config['iterations']:,} iterations of "
+                  f"{config['batch']}, {config['precision']} on {config['versions']['device']}")
+    run(config, clips, folder)
+
+
+def run(config, clips, folder, checkpoint=None):
+    """Train to the end and evaluate."""
+    try:
+        model = train(config, clips, folder, checkpoint)
+        _, _, checkpoint = load_checkpoint(folder)
+        finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"])
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error):
+            size = "×".join(map(str, config["network"]["size"]))
+            raise RunError(f"out of memory with --batch {config['batch']} of {config['frames_in'] + config['horizon']} frames "
+                           f"{size}: lower --batch or --hidden, or add --recompute") from None
+        if processes.count > 1:
+            raise RunError(f"another process of this run ended; go on with --resume {folder}") from None
+        raise
+
+
+def command_resume(args):
+    folder, weights, checkpoint = load_checkpoint(args.resume)
+    if weights != "last":
+        raise UserError(f"--resume {args.resume}: a run goes on from its last checkpoint; give its folder")
+    config = checkpoint["config"]
+    device = device_of(args.device or (config["device"] if torch.cuda.is_available() or config["device"] == "cpu" else None))
+    config |= dict(device=str(device), versions=versions(device))
+    precision_of(config["precision"], device)
+    for name in ("eval_every", "eval_sequences", "save_every"):
+        config[name] = getattr(args, name) or config[name]
+    if args.iterations:
+        if args.iterations < checkpoint["iteration"]:
+            raise UserError(f"--iterations {args.iterations}: the run already stands at iteration {checkpoint['iteration']}")
+        if args.iterations > config["schedule"] and config["final_lr"] is not None:
+            raise UserError(f"--iterations {args.iterations}: the learning rate falls to its end over {config['schedule']} "
+                            f"iterations, so this run cannot go on; start a new one with --init {folder}")
+        config["iterations"] = args.iterations
+    clips = open_run_data(config, args)
+    config["eval_sequences"] = min(config["eval_sequences"], clips.test_count)
+    processes.start()
+    if processes.first:
+        write_json(folder / "config.json", config)
+    processes.say(f"{folder}: going on from iteration {checkpoint['iteration']} of {config['iterations']}")
+    run(config, clips, folder, checkpoint)
+
+
+def trained(args, run):
+    """A run's folder, which weights, config, clips, model on a device, iteration and validation."""
+    folder, weights, checkpoint = load_checkpoint(run)
+    config = checkpoint["config"]
+    device = device_of(args.device, quick=True)
+    config["precision"] = precision_of(None if device.type != torch.device(config["device"]).type else config["precision"], device)
+    model = build(config)
+    model.load_state_dict(checkpoint["model"])
+    return folder, weights, config, model.to(device), device, checkpoint
+
+
+def command_eval(args):
+    folder, weights, config, model, _, checkpoint = trained(args, args.eval)
+    clips = open_run_data(config, args)
+    config["eval_sequences"] = min(args.eval_sequences or config["eval_sequences"], clips.test_count)
+    finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"], weights)
+
+
+def command_list(args):
+    setups = [args.setup] if args.setup else None
+    print(f"{'model':12} {'variant':20} {'set-up':8} {'parameters':>11} {'multiply-accumulates':>21}   what it is")
+    for name in MODELS:
+        if not (Path(__file__).parent / f"{name}.py").exists():
+            continue
+        module = model_file(name)
+        for setup in setups or [module.DEFAULT_SETUP]:
+            for variant, meaning in module.VARIANTS.items():
+                parameters, macs = cost(module, setup, variant)
+                print(f"{name:12} {variant:20} {setup:8} {parameters:>11,} {macs / 1e9:>20.1f}G   {meaning}")
+
+
+def cost(module, setup, variant, channels=1, size=64, frames=20):
+    """Parameters, and multiply-accumulates of one sequence's roll-out, counted by torch on the meta device."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = module.MODEL(channels=channels, size=size, setup=setup, variant=variant)
+        model(torch.empty(1, frames, channels, size, size))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2
+
+
+COMMANDS = {"list": command_list, "eval": command_eval, "resume": command_resume}
+# What may be given beside a command; a training run takes every option.
+TAKES = {"list": {"setup"}, "eval": {"device", "data_dir", "eval_sequences"},
+         "resume": {"device", "data_dir", "iterations", "eval_every", "eval_sequences", "save_every"}}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see python train.py --help)")
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def rate(text):
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+positive.__name__, rate.__name__ = "positive whole number", "positive number"      # argparse names them in its errors
+
+
+def parse(argv):
+    p = Parser(prog="train.py", allow_abbrev=False, description="Train, evaluate and use ConvRNNs for next-frame prediction.")
+    p.add_argument("model", nargs="?", metavar="MODEL", help=", ".join(MODELS))
+    p.add_argument("--quick", action="store_true", default=None, help="a two-minute demonstration on moving_digits, on any machine")
+    p.add_argument("--list", action="store_true", default=None, help="every model and variant with its cost")
+    p.add_argument("--eval", metavar="RUN", help="evaluate a run again; RUN: its folder or a checkpoint")
+    p.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, from exactly where it stood")
+    p.add_argument("--variant", help="an ablation of the model's paper (full)")
+    p.add_argument("--setup", choices=("patch4", "fullres"), help="the set-up to train under (the model's own paper's)")
+    p.add_argument("--data", metavar="NAME|PATH", help="a dataset by name or a .npy or .npz of yours (moving_mnist)")
+    p.add_argument("--data-dir", metavar="DIR", help="where datasets lie or are downloaded to (data)")
+    p.add_argument("--frames-in", type=positive, metavar="N", help="frames read (the dataset's)")
+    p.add_argument("--horizon", type=positive, metavar="N", help="frames forecast (the dataset's)")
+    for name in ("iterations", "batch"):
+        p.add_argument(f"--{name}", type=positive, metavar="N", help="override the set-up")
+    p.add_argument("--lr", type=rate, metavar="X", help="override the set-up")
+    p.add_argument("--seed", type=int, metavar="N", help="of weights, clips and sampling (0)")
+    for name in ("hidden", "layers", "kernel", "patch"):
+        p.add_argument(f"--{name}", type=positive, metavar="N", help="override the network")
+    p.add_argument("--device", help="cuda, cuda:N or cpu (cuda)")
+    p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="arithmetic (bf16 on CUDA, fp32 on the CPU)")
+    p.add_argument("--recompute", action="store_true", default=None, help="keep only the states for backward: less memory, more time")
+    p.add_argument("--init", metavar="RUN", help="start from a run's weights, with a fresh optimiser")
+    p.add_argument("--eval-every", type=positive, metavar="N", help="validate every N iterations")
+    p.add_argument("--eval-sequences", type=positive, metavar="N", help="how many test sequences (all; 200 on the CPU)")
+    p.add_argument("--save-every", type=positive, metavar="N", help="save last.pt every N iterations")
+    p.add_argument("--out", metavar="DIR", help="where runs go (runs)")
+    p.add_argument("--name", help="the run's name (model, variant, data and a running number)")
+    p.add_argument("--no-reverse", action="store_true", default=None, help="do not train on reversed sequences")
+    p.add_argument("--normalize", action="store_true", default=None, help="scale an array of yours by its training part's range")
+    p.add_argument("--box", type=float, nargs=4, metavar=("S", "W", "N", "E"), help="degrees of latitude and longitude (typhoon)")
+    args = p.parse_args(argv)
+    given = [name for name, value in vars(args).items() if value is not None]
+    commands = [name for name in given if name in COMMANDS]
+    if args.model:
+        commands.insert(0, "model")
+    if len(commands) != 1:
+        raise UserError("give a MODEL, or one of " + ", ".join(f"--{name}" for name in COMMANDS) + " (see python train.py --help)")
+    command = commands[0]
+    for name in given:
+        if command != "model" and name != command and name not in TAKES[command]:
+            takes = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(TAKES[command]))
+            raise UserError(f"--{name.replace('_', '-')} does not go with --{command}, which takes {takes}")
+    return command, args
+
+
+def main(argv=None):
+    try:
+        command, args = parse(argv)
+        (command_train if command == "model" else COMMANDS[command])(args)
+        return 0
+    except (UserError, data.DataError) as error:
+        status, message = 2, error
+    except RunError as error:
+        status, message = 1, error
+    except Interrupted as error:
+        status, message = 128 + error.signum, error
+    except OSError as error:
+        status, message = 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if processes.first:
+        print(f"train.py: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
