@@ -36,7 +36,8 @@ import metrics
 
 MODELS = ("convlstm", "predrnn", "sa_convlstm", "cms_lstm", "moderrnn", "ms_lstm")
 # A network that any machine trains in two minutes. It says nothing about the papers' results.
-QUICK = dict(data="moving_digits", layers=2, hidden=32, kernel=5, patch=4, batch=8, lr=2e-3, iterations=400, eval_sequences=100)
+QUICK = dict(data="moving_digits", layers=2, hidden=32, kernel=3, patch=4, batch=4, lr=2e-3, final_lr=1e-5, iterations=500,
+             no_reverse=True, eval_sequences=100)
 EVAL_BATCH = 16                     # sequences at a time; fixed, so that an evaluation can be repeated to the bit
 MASK_STREAM = 16                    # of data.draws, for scheduled sampling
 
@@ -216,11 +217,11 @@ def settings(args):
         network=dict(channels=clips.channels, size=list(clips.size), hidden=pick("hidden"), layers=pick("layers"),
                      kernel=pick("kernel"), patch=pick("patch", training.get("patch")), **training.get("model", {})),
         optimizer=training["optimizer"], weight_decay=training.get("weight_decay", 0.0),
-        lr=pick("lr", training["lr"]), final_lr=training.get("final_lr"), loss=training["loss"],
-        reverse=training["reverse"] and not args.no_reverse, batch=batch,
+        lr=pick("lr", training["lr"]), final_lr=quick.get("final_lr", training.get("final_lr")), loss=training["loss"],
+        reverse=training["reverse"] and not pick("no_reverse"), batch=batch,
         iterations=iterations, schedule=iterations,     # `schedule`: what ε and lr are spread over; stays on a longer run
         seed=args.seed or 0, precision=precision, recompute=bool(args.recompute), init=args.init,
-        log_every=10 if on_cpu else 100, eval_every=args.eval_every or max(1, iterations // 20),
+        log_every=10 if on_cpu else 100, eval_every=args.eval_every or max(1, iterations // (5 if quick else 20)),
         eval_sequences=eval_sequences, save_every=args.save_every or (100 if on_cpu else 1000),
         device=str(device), versions=versions(device))
     return config, clips
@@ -235,7 +236,7 @@ def versions(device):
     except (OSError, subprocess.CalledProcessError):
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__, commit=commit, device=name)
+    return dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__, commit=commit, device=name)
 
 
 def build(config):
@@ -499,10 +500,10 @@ def finish(model, config, clips, folder, iteration, validation, weights="last"):
     device, stop = next(model.parameters()).device, Stop()
     count = config["eval_sequences"]
     processes.say(f"evaluating {count} of {clips.test_count} test sequences ({clips.test_set})")
+    summaries = evaluate(model, config, clips, device, stop)
     results = dict(model=config["model"], variant=config["variant"], setup=config["setup"], data=clips.name,
                    test_set=clips.test_set, sequences=count, frames_in=config["frames_in"], horizon=clips.test_horizon,
-                   iteration=iteration, weights=weights, unit=clips.unit, validation=validation,
-                   **evaluate(model, config, clips, device, stop))
+                   iteration=iteration, weights=weights, unit=clips.unit, validation=validation, **summaries)
     if not processes.first:
         return
     suffix = "" if weights == "last" else f"-{weights}"
@@ -512,7 +513,7 @@ def finish(model, config, clips, folder, iteration, validation, weights="last"):
     published = [row for row in model_file(config["model"]).PUBLISHED
                  if (row["variant"], row["setup"], row["data"]) == (config["variant"], config["setup"], clips.name)]
     print(f"\n{label_of(config, clips, iteration)}, {count} test sequences\n")
-    print(metrics.table(results, published))
+    print(metrics.table(summaries, published))
     print(f"\npictures: {picture}\nresults:  {folder / f'results{suffix}.json'}")
 
 

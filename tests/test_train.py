@@ -1,0 +1,381 @@
+"""train.py end to end: runs, their files, resuming, interruptions and every error it promises."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import convlstm
+import data
+import train
+
+TINY = ("convlstm --data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 3 "
+        "--iterations 23 --eval-every 8 --save-every 3 --eval-sequences 5").split()
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def run(*arguments):
+    """train.py in this process: its exit status."""
+    return train.main([str(a) for a in arguments])
+
+
+def start(*arguments):
+    """train.py in a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def refused(capsys, *arguments, status=2):
+    """The one line that a refusal prints."""
+    assert run(*arguments) == status
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+def final(folder):
+    """What must not depend on interruptions: weights, optimiser, the log less its seconds, the results."""
+    folder = Path(folder)
+    last = torch.load(folder / "last.pt", weights_only=True)
+    log = [line.rsplit(",", 1)[0] for line in (folder / "log.csv").read_text().splitlines()]
+    return last["iteration"], last["model"], last["optimizer"]["state"], log, (folder / "results.json").read_text()
+
+
+def assert_same(a, b):
+    assert a[0] == b[0] and a[3] == b[3] and a[4] == b[4]
+    for x, y in zip(a[1].values(), b[1].values()):
+        assert torch.equal(x, y)
+    for x, y in zip(a[2].values(), b[2].values()):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_a_whole_run(capsys):
+    assert run(*TINY, "--name", "a") == 0
+    out = capsys.readouterr().out
+    folder = Path("runs/a")
+    assert {f.name for f in folder.iterdir()} == {
+        "config.json", "log.csv", "last.pt", "best.pt", "results.json", "forecast.png"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["seed"] == 0 and config["iterations"] == 23 and config["clips"]["name"] == "moving_digits"
+    assert config["versions"]["torch"] == torch.__version__
+    lines = (folder / "log.csv").read_text().splitlines()
+    assert lines[0] == "iteration,loss,lr,epsilon,seconds"
+    assert [line.split(",")[0] for line in lines[1:]] == ["10", "20", "23"]
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["model"], results["variant"], results["data"]) == ("convlstm", "full", "moving_digits")
+    assert results["iteration"] == 23 and results["sequences"] == 5 and "moving_digits" in results["test_set"]
+    assert [k for k, _ in results["validation"]] == [8, 16, 23]
+    for name, frames in (("forecast", 3), ("all_predictions", 5), ("repeat_last", 3), ("black", 3)):
+        assert len(results[name]["mse"]["frames"]) == frames
+        np.testing.assert_allclose(results[name]["mse"]["mean"], np.mean(results[name]["mse"]["frames"]))
+    # The same figures from scratch: the last weights, the first five test sequences.
+    model = train.build(config)
+    model.load_state_dict(torch.load(folder / "last.pt", weights_only=True)["model"])
+    clips = data.open_data("moving_digits", frames_in=3, horizon=3).test(0, 5)
+    with torch.no_grad():
+        forecast = model(clips[:, :3], horizon=3)[:, -3:].clamp(0, 1)
+    mse = ((forecast.double() - clips[:, 3:]) ** 2).sum((2, 3, 4)).mean()
+    np.testing.assert_allclose(results["forecast"]["mse"]["mean"], mse, rtol=1e-6)
+    np.testing.assert_allclose(results["black"]["mse"]["mean"], (clips[:, 3:] ** 2).sum((2, 3, 4)).double().mean(), rtol=1e-6)
+    assert f"{results['forecast']['mse']['mean']:.2f}" in out and str(folder / "forecast.png") in out
+    assert (folder / "forecast.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_runs_get_numbers(capsys):
+    for n in (1, 2):
+        assert run(*TINY, "--iterations", 1, "--eval-sequences", 1) == 0
+        assert Path(f"runs/convlstm-full-moving_digits-{n}/results.json").exists()
+
+
+def test_eval_repeats_the_results(capsys):
+    assert run(*TINY, "--name", "a") == 0
+    before = final("runs/a")
+    Path("runs/a/results.json").unlink()
+    assert run("--eval", "runs/a") == 0
+    assert_same(final("runs/a"), before)
+    assert run("--eval", "runs/a/best.pt") == 0
+    assert json.loads(Path("runs/a/results-best.json").read_text())["weights"] == "best"
+    assert_same(final("runs/a"), before)
+
+
+def test_same_seed_same_run_other_seed_other_run(capsys):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert run(*TINY, "--name", name, "--seed", seed) == 0
+    assert_same(final("runs/a"), final("runs/b"))
+    assert final("runs/a")[3] != final("runs/c")[3]
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed(signum, status, capsys):
+    assert run(*TINY, "--name", "whole") == 0
+    train.run_step, calls = train.train_step, []
+
+    def interrupting(*arguments):
+        calls.append(1)
+        if len(calls) == 21:                                      # in the middle of iteration 10: two steps each
+            os.kill(os.getpid(), signum)
+        return train.run_step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", interrupting)
+        assert run(*TINY, "--name", "broken") == status
+    err = capsys.readouterr().err
+    assert "iteration 11" in err and "--resume runs/broken" in err and "Traceback" not in err
+    assert torch.load("runs/broken/last.pt", weights_only=True)["iteration"] == 11
+    assert run("--resume", "runs/broken") == 0
+    assert_same(final("runs/broken"), final("runs/whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_any_moment_and_resumed(seed):
+    """SIGKILL again and again, at random moments, saves included (here every iteration saves)."""
+    arguments = [*TINY, "--save-every", "1", "--iterations", "60"]
+    assert run(*arguments, "--name", "whole") == 0
+    random = np.random.default_rng(seed)
+    process, kills = start(*arguments, "--name", "broken"), 0
+    while kills < 3:
+        wait = time.monotonic() + 60
+        while not Path("runs/broken/last.pt").exists() and time.monotonic() < wait:
+            time.sleep(0.01)
+        before = Path("runs/broken/last.pt").stat().st_mtime_ns
+        while Path("runs/broken/last.pt").stat().st_mtime_ns == before and process.poll() is None:
+            time.sleep(0.005)                                     # it trains
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        kills += 1
+        process = start("--resume", "runs/broken")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert_same(final("runs/broken"), final("runs/whole"))
+
+
+def test_killed_within_a_save(capsys):
+    """Half-written files of a killed process are in nobody's way: the checkpoint is the one before."""
+    assert run(*TINY, "--name", "whole") == 0
+    save, saved = train.save_checkpoint, []
+
+    def dying(path, checkpoint):
+        saved.append(path)
+        if len(saved) == 4:
+            with open(path.with_name(f".{path.name}.x.tmp"), "wb") as file:
+                file.write(b"half")
+            raise KeyboardInterrupt                               # nothing after this line runs, as after SIGKILL
+        save(path, checkpoint)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(*TINY, "--name", "broken")
+    with open("runs/broken/log.csv", "a") as file:
+        file.write("20,1.0,0")                                    # half a line
+    assert run("--resume", "runs/broken") == 0
+    assert_same(final("runs/broken"), final("runs/whole"))
+
+
+def test_resume_trains_longer_where_the_schedule_allows(capsys):
+    assert run(*TINY, "--name", "a") == 0
+    assert run("--resume", "runs/a", "--iterations", 30) == 0
+    assert json.loads(Path("runs/a/results.json").read_text())["iteration"] == 30
+    line = Path("runs/a/log.csv").read_text().splitlines()[-1].split(",")
+    assert line[0] == "30" and float(line[3]) == 0                # ε stays where the schedule ended
+    assert "already stands at iteration 30" in refused(capsys, "--resume", "runs/a", "--iterations", 20)
+    checkpoint = torch.load("runs/a/last.pt", weights_only=True)
+    checkpoint["config"]["final_lr"] = 1e-6                       # as cms_lstm and moderrnn have it
+    torch.save(checkpoint, "runs/a/last.pt")
+    assert "--init runs/a" in refused(capsys, "--resume", "runs/a", "--iterations", 40)
+
+
+def test_resume_refuses_other_settings(capsys):
+    assert run(*TINY, "--name", "a", "--iterations", 1) == 0
+    for option in (["--lr", "0.1"], ["--batch", "3"], ["--variant", "full"], ["--seed", "1"], ["--precision", "bf16"]):
+        assert option[0] in refused(capsys, "--resume", "runs/a", *option)
+    assert "last checkpoint" in refused(capsys, "--resume", "runs/a/best.pt")
+    assert "no such run" in refused(capsys, "--resume", "runs/other")
+
+
+def test_init_takes_the_weights_only(capsys):
+    assert run(*TINY, "--name", "a") == 0
+    assert run(*TINY, "--name", "b", "--init", "runs/a", "--iterations", 1, "--lr", 1e-12, "--save-every", 1) == 0
+    a, b = final("runs/a"), final("runs/b")
+    for x, y in zip(a[1].values(), b[1].values()):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+    assert b[0] == 1 and all(s["step"] == 2 for s in b[2].values())             # one iteration, forwards and reversed
+    assert "another network" in refused(capsys, *TINY, "--init", "runs/a", "--hidden", 8)
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_a_loss_that_is_not_finite(capsys):
+    count = []
+    step = train.train_step
+
+    def bad(*arguments):
+        count.append(1)
+        loss = step(*arguments)
+        return loss * float("nan") if len(count) == 2 * 14 else loss            # the second step of iteration 14
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", bad)
+        err = refused(capsys, *TINY, "--name", "a", status=1)
+    assert "iteration 14" in err and "last.pt" in err and "--lr" in err
+    assert torch.load("runs/a/last.pt", weights_only=True)["iteration"] == 12   # saved every 3: the last good one
+
+
+def test_out_of_memory(capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", full)
+        err = refused(capsys, *TINY, status=1)
+    assert "--batch 2" in err and "64×64" in err and "--recompute" in err
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("", "give a MODEL"),
+    ("nosuch --device cpu", "convlstm"),
+    ("convlstm --list", "give a MODEL"),
+    ("convlstm --variant nosuch --device cpu", "full, peephole"),
+    ("convlstm --setup nosuch", "patch4"),
+    ("convlstm --nosuch", "--nosuch"),
+    ("convlstm --quik", "--quik"),
+    ("convlstm --batch 0", "--batch"),
+    ("convlstm --iterations x", "--iterations"),
+    ("convlstm --lr nan", "--lr"),
+    ("convlstm --kernel 4 --device cpu --data moving_digits", "odd"),
+    ("convlstm --patch 7 --device cpu --data moving_digits", "63×63"),
+    ("convlstm --device nosuch", "cuda"),
+    ("convlstm --device cpu --precision tf32", "tf32"),
+    ("convlstm --device cpu --data nosuch", "nosuch"),
+    ("convlstm --device cpu --data moving_digits --name ../x", "--out"),
+    ("convlstm --device cpu --data moving_digits --out /proc/x", "/proc/x"),
+    ("convlstm --device cpu --data moving_digits --init nosuch", "nosuch"),
+    ("--eval nosuch", "no such run"),
+    ("--eval nosuch --lr 1", "--lr"),
+    ("--list --batch 3", "--batch"),
+])
+def test_refusals(arguments, says, capsys):
+    assert says in refused(capsys, *arguments.split())
+    assert not Path("runs").exists()
+
+
+def test_without_a_cuda_device(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for extra in ([], ["--data", "moving_digits"], ["--device", "cuda:1"]):
+        err = refused(capsys, "convlstm", *extra)
+        assert "--device cpu" in err and "--quick" in err
+    assert not Path("runs").exists() and not Path("data").exists()
+
+
+def test_a_name_that_exists(capsys):
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/kept").write_text("kept")
+    assert "exists" in refused(capsys, *TINY, "--name", "a")
+    assert [f.name for f in Path("runs/a").iterdir()] == ["kept"]
+
+
+def test_damaged_checkpoints(capsys):
+    folder = Path("runs/a")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert "before its first checkpoint" in refused(capsys, "--resume", "runs/a")
+    for content in (b"", b"not a checkpoint", b"PK\x03\x04 half a zip"):
+        (folder / "last.pt").write_bytes(content)
+        assert "damaged" in refused(capsys, "--eval", "runs/a")
+    torch.save({"model": 1}, folder / "last.pt")
+    assert "not a checkpoint" in refused(capsys, "--eval", "runs/a")
+
+
+def test_the_paper_settings(monkeypatch):
+    """What a plain `python train.py convlstm` would do, with the tables of the papers beside it."""
+    clips = data.open_data("moving_digits")
+    clips.name = "moving_mnist"
+    monkeypatch.setattr(data, "open_data", lambda name, *_: clips)
+    monkeypatch.setattr(train, "precision_of", lambda name, device: "fp32")
+    _, args = train.parse(["convlstm", "--device", "cpu"])
+    config, _ = train.settings(args)
+    assert (config["iterations"], config["batch"], config["lr"], config["final_lr"]) == (80_000, 8, 1e-3, None)
+    assert (config["optimizer"], config["loss"], config["reverse"]) == ("adam", "l2", True)
+    clips.train_count = 10_500
+    _, args = train.parse(["convlstm", "--device", "cpu", "--setup", "fullres"])
+    config, _ = train.settings(args)
+    assert (config["iterations"], config["batch"], config["lr"]) == (105_000, 4, 3e-4)
+    assert (config["optimizer"], config["loss"], config["reverse"]) == ("adam", "l1+l2", False)
+
+
+def test_learning_rates():
+    assert train.learning_rate(dict(lr=1e-3, final_lr=None, schedule=100), 99) == 1e-3
+    cosine = [train.learning_rate(dict(lr=1e-3, final_lr=1e-6, schedule=100), k) for k in (0, 50, 100)]
+    np.testing.assert_allclose(cosine, [1e-3, (1e-3 + 1e-6) / 2, 1e-6])
+
+
+def test_losses_by_hand():
+    truth, prediction = torch.zeros(2, 3, 1, 2, 2), torch.zeros(2, 3, 1, 2, 2)
+    prediction[0, 0] = 2.0                                        # one of six frames, four pixels off by 2
+    assert train.frame_loss(prediction, truth, "l2").item() == pytest.approx(16 / 6)
+    assert train.frame_loss(prediction, truth, "l1+l2").item() == pytest.approx((16 + 8) / 6)
+
+
+def test_masks_follow_the_probabilities():
+    model = convlstm.ConvLSTM(hidden=4, layers=1)
+    config = dict(frames_in=10, horizon=10, schedule=1000, seed=0, batch=2000)
+    for iteration, epsilon in ((0, 1), (125, 0.8), (500, 0.2), (625, 0), (999, 0)):
+        mask, shown = train.sampling_mask(model, config, iteration, torch.device("cpu"))
+        assert mask.shape == (19, 2000) and mask.dtype == torch.bool and shown == pytest.approx(epsilon)
+        assert mask[:10].all()
+        assert mask[10:].float().mean().item() == pytest.approx(epsilon, abs=0.015)
+    again, _ = train.sampling_mask(model, config | dict(batch=7), 125, torch.device("cpu"))
+    assert torch.equal(again, train.sampling_mask(model, config, 125, torch.device("cpu"))[0][:, :7])
+
+
+def test_reversed_clips_are_trained_as_a_second_step(capsys):
+    seen, step = [], train.train_step
+
+    def watch(model, optimizer, frames, mask, config):
+        seen.append((frames, mask))
+        return step(model, optimizer, frames, mask, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", watch)
+        assert run(*TINY, "--iterations", 2) == 0
+        forwards, backwards = seen[:2]
+        assert len(seen) == 4 and torch.equal(forwards[0].flip(1), backwards[0]) and forwards[1] is backwards[1]
+        seen.clear()
+        assert run(*TINY, "--iterations", 2, "--no-reverse") == 0
+        assert len(seen) == 2
+
+
+def test_list(capsys):
+    assert run("--list") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"convlstm +full +patch4 +4,458,576 +15.9G", out)
+    assert run("--list", "--setup", "fullres") == 0
+    assert re.search(r"convlstm +full +fullres +444,001 +34.4G", capsys.readouterr().out)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_cuda(capsys):
+    arguments = [a if a != "cpu" else "cuda" for a in TINY]
+    assert run(*arguments, "--name", "a") == 0
+    assert run(*arguments, "--name", "b", "--precision", "fp32") == 0
+    a, b = (json.loads(Path(f"runs/{n}/results.json").read_text())["forecast"]["mse"]["mean"] for n in "ab")
+    assert abs(a - b) / b < 0.05
