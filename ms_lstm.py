@@ -15,12 +15,12 @@ work on small maps, where a 3×3 kernel covers much. In time, the cell (MK-LSTM)
 
 What this file decides where the paper is silent, at the line concerned:
   - The equations are numbered as in the paper; they carry no biases there. `fullres` (the paper's set-up) gives every
-    convolution one. `patch4` (of the SA-ConvLSTM, CMS-LSTM and MoDeRNN papers) has LayerNorm over all of (C, H, W) after
-    every 3×3 and 5×5 convolution and on both cell states, whose weights have that shape: SUCH A CHECKPOINT FITS ONE
-    FRAME SIZE ONLY. `fullres` has no normalisation, and its weights fit any size that the poolings divide.
+    convolution one, no normalisation, and its weights fit any size that the poolings divide. `patch4` (the SA-ConvLSTM,
+    CMS-LSTM and MoDeRNN papers) has LayerNorm over all of (C, H, W) after every 3×3 and 5×5 convolution and on both
+    cell states. Its weights have that shape, so SUCH A CHECKPOINT FITS ONE FRAME SIZE ONLY.
   - Any even number of layers mirrors in the same way; four (`patch4`) pool once: 16, 8, 8, 16 tokens a side.
   - `kernel` is the kernel of ConvLSTM and the smaller one of MK-LSTM, whose other is 2 wider: 3 gives 3×3 and 5×5.
-  - §4.1: "the RNN unit can be replaced by any existing model block". Pass its class as `cell`; MSLSTM says what it needs.
+  - §4.1: "the RNN unit can be replaced by any existing model block": pass its class as `cell`, see MSLSTM.
 
     model = MSLSTM(channels=1, size=64)                         # fullres; setup="patch4" for the other one
     prediction = model(frames)                                  # (B, T, C, H, W) in [0, 1] -> (B, T-1, C, H, W)
@@ -46,17 +46,17 @@ NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=3),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
-# How the papers train it. `sampling` is the part of the iterations over which ε falls from 1 to 0; `epochs` stands where
-# the paper counts them instead of iterations; `data` overrides for one dataset. `patch4` never was this paper's: there
-# the model is trained as its rivals are.
+# How it is trained. `sampling` is the part of the iterations over which ε falls from 1 to 0; `epochs` stands where the
+# paper counts them instead of iterations; `data` overrides for one dataset. `patch4` is not this paper's: there the
+# model is trained as the other models are.
 TRAINING = {
     "patch4": dict(optimizer="adam", lr=1e-3, batch=8, iterations=80_000, loss="l2", sampling=0.625, reverse=True,
                    data={"kth": dict(loss="l1+l2"), "taxibj": dict(patch=2), "typhoon": dict(iterations=100_000)}),
     "fullres": dict(optimizer="adam", lr=3e-4, batch=4, epochs=40, loss="l1+l2", sampling=1.0, reverse=False,
                     data={"taxibj": dict(epochs=15), "kth": dict(epochs=20), "germany": dict(epochs=20)}),
 }
-# What papers report for this model: figures as they print them, `mse` and the like averaged over the forecast, or, where
-# `over` says so, over all T - 1 predictions. `note`: where the count of multiply-accumulates differs from `macs`, and why.
+# What the paper reports: figures as printed, `mse` and the like averaged over the forecast, or, where `over` says
+# so, over all T - 1 predictions. `note`: what the convolutions count to where that is not the `macs` printed, and why.
 PUBLISHED = [
     dict(variant="convlstm", setup="fullres", data="moving_mnist", source="MS-LSTM, Table 1", over="all",
          mse=90.36, params="0.4M", macs="34.4G", memory="3.6G"),
@@ -113,8 +113,8 @@ class ConvLSTMCell(nn.Module):
 class MKLSTMCell(nn.Module):
     """One MK-LSTM layer, Eq. 3: two ConvLSTMs with different kernels and own cell states, and one output gate.
 
-    Args: as ConvLSTMCell's; the kernels are `kernel` and `kernel` + 2. In the names below `_wide` marks the larger one's
-    part: the paper's W', C̃ and 5×5.
+    Args: as ConvLSTMCell's; the kernels are `kernel` and `kernel` + 2. In the names below `_wide` marks what belongs to
+    the larger one: the paper's W', C̃ and 5×5.
     Called with x (B, inputs, H, W), h, c and c_wide (B, hidden, H, W); returns the new h, c and c_wide.
     """
 
@@ -135,9 +135,9 @@ class MKLSTMCell(nn.Module):
         self.forget_offset = 1.0 if norm else 0.0
 
     def forward(self, x, h, c, c_wide):
-        # The 3×3 and the 5×5 part of o could be summed into one 5×5 kernel. They stay two, as Eq. 3 prints them and as
-        # the paper counts them.
-        i, f, g, o = (self.x2h(x) + self.h2h(h)).to(c.dtype).chunk(4, 1)                            # (B, hidden, H, W)
+        # The 3×3 and 5×5 parts of o are linear and could be one 5×5 kernel. They stay two, as printed and as counted in
+        # the paper.
+        i, f, g, o = (self.x2h(x) + self.h2h(h)).to(c.dtype).chunk(4, 1)          # each (B, hidden, H, W)
         i_wide, f_wide, g_wide, o_wide = (self.x2h_wide(x) + self.h2h_wide(h)).to(c.dtype).chunk(4, 1)
         # Eq. 3   C_t = f₃ ∘ C_{t-1} + i₃ ∘ g₃
         c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
@@ -176,11 +176,11 @@ class MSLSTM(nn.Module):
         network = NETWORK[setup] | {name: value for name, value in given.items() if value is not None}
         hidden, layers, kernel, patch = (network[name] for name in given)
         if min(channels, hidden, layers, kernel, patch) < 1 or kernel % 2 == 0:
-            raise ValueError(f"channels, hidden, layers, kernel and patch must be positive and the kernel odd: {network}")
+            raise ValueError(f"channels, hidden, layers, kernel, patch must be positive and the kernel odd: {network}")
         pyramid = variant in ("sms", "full")
         if pyramid and layers % 2:
-            raise ValueError(f"layers={layers} cannot be mirrored: a pyramid needs an even number, such as {layers + 1}; "
-                             f"the variants 'convlstm' and 'tms' take any")
+            raise ValueError(f"layers={layers} cannot be mirrored: a pyramid needs an even number (as {layers + 1}); "
+                             "the variants 'convlstm' and 'tms' take any")
         # The depth of each layer in the pyramid, 0, 1, 2, 2, 1, 0 for six: its maps are 2^depth times smaller.
         depths = [min(layer, layers - 1 - layer) if pyramid else 0 for layer in range(layers)]
         height, width = (size, size) if isinstance(size, int) else size
@@ -189,8 +189,8 @@ class MSLSTM(nn.Module):
             smaller = [max(side // unit, 1) * unit for side in (height, width)]
             larger = [max(-(-side // unit), 1) * unit for side in (height, width)]
             near = dict.fromkeys(f"{h}×{w}" for h, w in (smaller, larger))
-            raise ValueError(f"frames of {height}×{width} cannot be cut into {patch}×{patch} patches and halved "
-                             f"{max(depths)} times: sides must be multiples of {unit}; the nearest sizes: {', '.join(near)}")
+            raise ValueError(f"frames of {height}×{width} cannot be cut into {patch}×{patch} patches and pooled by "
+                             f"{unit // patch} after that; the nearest sizes that can: {', '.join(near)}")
         self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
         self.hidden, self.patch, self.pyramid, self.depths, self.recompute = hidden, patch, pyramid, depths, False
 
@@ -202,7 +202,7 @@ class MSLSTM(nn.Module):
         self.output = nn.Conv2d(hidden, tokens, 1)
 
     def step(self, x, state):
-        """One time step: tokens (B, p²C, H/p, W/p) of a frame, the state tensors of every layer -> those of the next."""
+        """One time step: tokens (B, p²C, H/p, W/p) of a frame, the states of every layer -> those of the next frame."""
         h, new_state, half = self.embed(x), [], len(self.cells) // 2
         for layer, (cell, before) in enumerate(zip(self.cells, state)):
             if self.pyramid and 0 < layer < half:                 # encoder: halve

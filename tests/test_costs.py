@@ -1,0 +1,154 @@
+"""What the papers print about cost, against what the models here count to; and the cost model of the MS-LSTM paper."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from conftest import ROOT, count_parameters
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+NAMES = [n for n in ("convlstm", "predrnn", "sa_convlstm", "cms_lstm", "moderrnn", "ms_lstm") if (ROOT / f"{n}.py").exists()]
+MODULES = {name: importlib.import_module(name) for name in NAMES}
+# The side of a frame and the frames of a sequence: ten and ten, or four and four; one channel (of TaxiBJ, the inflow).
+DATA = dict(moving_mnist=(64, 20), taxibj=(32, 8), kth=(128, 20), germany=(180, 8))
+ROWS = [pytest.param(name, row, id="-".join((name, row["variant"], row["setup"], row["data"])))
+        for name in NAMES for row in MODULES[name].PUBLISHED if "params" in row or "macs" in row]
+MS_LSTM = [row for row in MODULES["ms_lstm"].PUBLISHED if "macs" in row]
+
+
+def built(name, row, size):
+    """The row's model, without values."""
+    with torch.device("meta"):
+        return MODULES[name].MODEL(channels=1, size=size, setup=row["setup"], variant=row["variant"])
+
+
+def count(name, row, size=None, upsampling=0):
+    """Parameters, and multiply-accumulates of one sequence by the operation that makes them, of a published row.
+
+    upsampling: how many operations one pixel of a bilinear up-sampling counts as.
+    """
+    def bilinear(*shapes, out_shape, **_):
+        return 2 * upsampling * math.prod(out_shape)              # the counter counts in halves of a multiply-accumulate
+
+    side, frames = DATA[row["data"]]
+    size = size or side
+    model = built(name, row, size)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.upsample_bilinear2d: bilinear}) as counter:
+        with torch.no_grad():
+            model(torch.empty(1, frames, 1, size, size, device="meta"))
+    return count_parameters(model), {str(op): n / 2 for op, n in counter.get_flop_counts()["Global"].items()}
+
+
+def printed(value, like):
+    """A count as the paper would print it: printed(444_001, like="0.9M") is "0.4M"."""
+    decimals = len(like[:-1].partition(".")[2])
+    return f"{value / dict(M=1e6, G=1e9)[like[-1]]:.{decimals}f}{like[-1]}"
+
+
+@pytest.mark.parametrize("name, row", ROWS)
+def test_published_cost(name, row):
+    """Every figure comes out to the printed digit; where one does not, the row's note says what does."""
+    parameters, macs = count(name, row)
+    counted = dict(params=parameters, macs=sum(macs.values()))
+    counted = {key: printed(counted[key], like=row[key]) for key in counted if key in row}
+    wrong = {key: figure for key, figure in counted.items() if figure != row[key]}
+    assert bool(wrong) == ("note" in row), wrong
+    assert all(figure in row["note"] for figure in wrong.values()), wrong
+
+
+@pytest.mark.parametrize("row", MS_LSTM, ids=lambda row: f"{row['variant']}-{row['data']}")
+def test_ms_lstm_with_its_up_sampling(row):
+    """The paper's counts have the bilinear up-sampling in them, at 11 operations a pixel that it makes.
+
+    6 for the weights and 5 for the sum is what thop, a common counter, takes. With it every row of MS-LSTM's own tables
+    comes out, 64.5G and 257.9G too, except for Germany.
+    """
+    macs = sum(count("ms_lstm", row, upsampling=11)[1].values())
+    assert (printed(macs, row["macs"]) == row["macs"]) == (row["data"] != "germany")
+
+
+def test_table_7_is_the_cost_of_212_pixels():
+    row, = (row for row in MS_LSTM if row["data"] == "germany")
+    assert printed(sum(count("ms_lstm", row)[1].values()), "260.6G") == "187.8G"
+    assert printed(sum(count("ms_lstm", row, size=212, upsampling=11)[1].values()), "260.6G") == row["macs"] == "260.6G"
+
+
+# §4.3.1: training takes M_all = 4·M_par + 2·M_out: the weights, as much again for their gradients and for each of Adam's
+# two moments; the outputs of the layers over the roll-out, and as much again for their gradients.
+
+
+def layer_output_bytes(model, frames):
+    """M_out: bytes that the layers (the modules with weights: convolutions, LayerNorms) put out in one roll-out."""
+    total = 0
+
+    def add(module, inputs, output):
+        nonlocal total
+        total += output.nbytes
+
+    layers = [m for m in model.modules() if not [*m.children()] and [*m.parameters(recurse=False)]]
+    hooks = [layer.register_forward_hook(add) for layer in layers]
+    with torch.no_grad():
+        model(frames)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def saved_bytes(model, frames):
+    """Bytes that autograd keeps for the backward pass of one roll-out, parameters and frames left out.
+
+    A storage counts once, however many operations keep it or a view of it. On device="meta" nothing is computed and the
+    count is the same.
+    """
+    apart = {t.untyped_storage()._cdata for t in (*model.parameters(), frames)}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in apart:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor                                             # the graph holds it, so no address comes twice
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        predictions = model(frames)
+        assert predictions.requires_grad                          # and holds the graph up to here
+    return sum(kept.values())
+
+
+def test_cost_model_of_convlstm_by_hand():
+    """Six layers of 32 at 64×64 over 19 steps: what the paper's model says, and what is kept."""
+    row = dict(setup="fullres", variant="full")
+    model, frames = built("convlstm", row, 64), torch.empty(1, 20, 1, 64, 64, device="meta")
+    one = 64 * 64 * 4                                             # a channel, in bytes
+    # Layer outputs: of the embedding, of two convolutions to four gates a layer, of the output.
+    assert layer_output_bytes(model, frames) == 19 * one * (32 + 6 * 2 * 4 * 32 + 1)
+    # Kept: the embedded frame; in each layer i, f, g, o, tanh(C), H and C, of which the last C is read no more; the one
+    # zero state; the frames that the embedding read. No gate before its σ: neither + nor the convolution needs it.
+    assert saved_bytes(model, frames) == one * (19 * (32 + 6 * 7 * 32) - 6 * 32 + 32 + 20)
+
+
+@pytest.mark.parametrize("name, setup, variant", [
+    (name, setup, variant) for name in NAMES for setup in ("patch4", "fullres") for variant in MODULES[name].VARIANTS])
+def test_kept_bytes_need_no_computation(name, setup, variant):
+    """Counting what is kept on device="meta" is counting it on the CPU."""
+    options = dict(size=16, hidden=4, layers=2, kernel=3, setup=setup, variant=variant)
+    with torch.device("meta"):
+        meta = saved_bytes(MODULES[name].MODEL(**options), torch.empty(1, 3, 1, 16, 16))
+    assert meta == saved_bytes(MODULES[name].MODEL(**options), torch.rand(1, 3, 1, 16, 16)) > 0
+
+
+def test_what_section_4_3_1_concludes():
+    """Pooling saves memory, a second kernel costs some, and M_all is two to three times what is kept."""
+    frames, kept, model_says = torch.empty(1, 20, 1, 64, 64, device="meta"), {}, {}
+    for variant in ("convlstm", "sms", "tms", "full"):
+        model = built("ms_lstm", dict(setup="fullres", variant=variant), 64)
+        weights = 4 * sum(p.nbytes for p in model.parameters())
+        kept[variant] = weights + saved_bytes(model, frames)
+        model_says[variant] = weights + 2 * layer_output_bytes(model, frames)
+        assert 2 < model_says[variant] / kept[variant] < 3
+    for memory in (kept, model_says):
+        assert memory["sms"] < memory["convlstm"] < memory["tms"] and memory["sms"] < memory["full"] < memory["tms"]
+    # The model puts MS-LSTM above ConvLSTM ("moderate memory"). What is kept by cells that fuse their gates is below.
+    assert kept["full"] < kept["convlstm"] and model_says["full"] > model_says["convlstm"]
