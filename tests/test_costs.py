@@ -5,17 +5,18 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT, count_parameters
+from conftest import count_parameters
+from test_contract import CASES, NAMES
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-NAMES = [n for n in ("convlstm", "predrnn", "sa_convlstm", "cms_lstm", "moderrnn", "ms_lstm") if (ROOT / f"{n}.py").exists()]
 MODULES = {name: importlib.import_module(name) for name in NAMES}
 # The side of a frame and the frames of a sequence: ten and ten, or four and four; one channel (of TaxiBJ, the inflow).
 DATA = dict(moving_mnist=(64, 20), taxibj=(32, 8), kth=(128, 20), germany=(180, 8))
 ROWS = [pytest.param(name, row, id="-".join((name, row["variant"], row["setup"], row["data"])))
         for name in NAMES for row in MODULES[name].PUBLISHED if "params" in row or "macs" in row]
 MS_LSTM = [row for row in MODULES["ms_lstm"].PUBLISHED if "macs" in row]
+CMS_LSTM = [row for name, row in (p.values for p in ROWS) if name == "cms_lstm" and "macs" in row]
 
 
 def built(name, row, size):
@@ -30,14 +31,14 @@ def count(name, row, size=None, upsampling=0):
     upsampling: how many operations one pixel of a bilinear up-sampling counts as.
     """
     def bilinear(*shapes, out_shape, **_):
-        return 2 * upsampling * math.prod(out_shape)              # the counter counts in halves of a multiply-accumulate
+        return 2 * upsampling * math.prod(out_shape)              # the counter counts 2 a multiply-accumulate
 
     side, frames = DATA[row["data"]]
     size = size or side
     model = built(name, row, size)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.upsample_bilinear2d: bilinear}) as counter:
         with torch.no_grad():
-            model(torch.empty(1, frames, 1, size, size, device="meta"))
+            model(torch.empty(1, frames, 1, size, size, device="meta"), extras="loss")   # as in training
     return count_parameters(model), {str(op): n / 2 for op, n in counter.get_flop_counts()["Global"].items()}
 
 
@@ -62,8 +63,8 @@ def test_published_cost(name, row):
 def test_ms_lstm_with_its_up_sampling(row):
     """The paper's counts have the bilinear up-sampling in them, at 11 operations a pixel that it makes.
 
-    6 for the weights and 5 for the sum is what thop, a common counter, takes. With it every row of MS-LSTM's own tables
-    comes out, 64.5G and 257.9G too, except for Germany.
+    That is what thop, a common counter, takes. With it every row of MS-LSTM comes out, 64.5G and 257.9G too, except for
+    Germany.
     """
     macs = sum(count("ms_lstm", row, upsampling=11)[1].values())
     assert (printed(macs, row["macs"]) == row["macs"]) == (row["data"] != "germany")
@@ -75,8 +76,21 @@ def test_table_7_is_the_cost_of_212_pixels():
     assert printed(sum(count("ms_lstm", row, size=212, upsampling=11)[1].values()), "260.6G") == row["macs"] == "260.6G"
 
 
-# §4.3.1: training takes M_all = 4·M_par + 2·M_out: the weights, as much again for their gradients and for each of Adam's
-# two moments; the outputs of the layers over the roll-out, and as much again for their gradients.
+@pytest.mark.parametrize("row", CMS_LSTM, ids=lambda row: row["data"])
+def test_table_4_leaves_out_the_products_of_cms_lstm(row):
+    """11.5G are CMS-LSTM's convolutions and what thop takes for a softmax, three operations a score.
+
+    The scores: for s of 1, 2, 4, in each of s² blocks, (2·H·W/s²)² of them, per layer (6) and step (7).
+    """
+    macs = count("cms_lstm", row)[1]
+    convolutions = sum(n for op, n in macs.items() if "convolution" in op)
+    scores = 6 * 7 * sum(s * s * (2 * 32 * 32 // s**2) ** 2 for s in (1, 2, 4))
+    assert printed(convolutions, "11.5G") == "10.8G" and printed(convolutions + 3 * scores, "11.5G") == row["macs"]
+    assert sum(macs.values()) - convolutions == 2 * 32 * scores   # Qᵀ K and its product with V
+
+
+# §4.3.1: training takes M_all = 4·M_par + 2·M_out: the weights, as much again for their gradients and for each of the
+# two moments of Adam; the outputs of the layers over the roll-out, and as much again for their gradients.
 
 
 def layer_output_bytes(model, frames):
@@ -100,7 +114,7 @@ def saved_bytes(model, frames):
     """Bytes that autograd keeps for the backward pass of one roll-out, parameters and frames left out.
 
     A storage counts once, however many operations keep it or a view of it. On device="meta" nothing is computed and the
-    count is the same.
+    count is the same but for attention, which is not fused there.
     """
     apart = {t.untyped_storage()._cdata for t in (*model.parameters(), frames)}
     kept = {}
@@ -129,14 +143,15 @@ def test_cost_model_of_convlstm_by_hand():
     assert saved_bytes(model, frames) == one * (19 * (32 + 6 * 7 * 32) - 6 * 32 + 32 + 20)
 
 
-@pytest.mark.parametrize("name, setup, variant", [
-    (name, setup, variant) for name in NAMES for setup in ("patch4", "fullres") for variant in MODULES[name].VARIANTS])
+@pytest.mark.parametrize("name, setup, variant", CASES)
 def test_kept_bytes_need_no_computation(name, setup, variant):
-    """Counting what is kept on device="meta" is counting it on the CPU."""
+    """Counting on device="meta" is counting on the CPU, but for fused attention, which alone keeps less: no scores."""
     options = dict(size=16, hidden=4, layers=2, kernel=3, setup=setup, variant=variant)
-    with torch.device("meta"):
+    cpu = saved_bytes(MODULES[name].MODEL(**options), torch.rand(1, 3, 1, 16, 16))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
         meta = saved_bytes(MODULES[name].MODEL(**options), torch.empty(1, 3, 1, 16, 16))
-    assert meta == saved_bytes(MODULES[name].MODEL(**options), torch.rand(1, 3, 1, 16, 16)) > 0
+    attends = any("convolution" not in str(op) for op in counter.get_flop_counts()["Global"])
+    assert 0 < cpu < meta if attends else 0 < cpu == meta
 
 
 def test_what_section_4_3_1_concludes():

@@ -45,7 +45,8 @@ def literal_double(x):
                 for dz in (0, 1):
                     near_y, near_z = int(np.floor(at_y)) + dy, int(np.floor(at_z)) + dz
                     weight = (1 - abs(at_y - near_y)) * (1 - abs(at_z - near_z))
-                    result[:, y, z] += weight * x[:, min(max(near_y, 0), x.shape[1] - 1), min(max(near_z, 0), x.shape[2] - 1)]
+                    inside = x[:, np.clip(near_y, 0, x.shape[1] - 1), np.clip(near_z, 0, x.shape[2] - 1)]
+                    result[:, y, z] += weight * inside
     return result
 
 
@@ -184,10 +185,10 @@ def test_multiply_accumulates(variant, macs):
 def test_receptive_field_of_the_encoder(variant, field):
     """§4.3.2, measured: which pixels of a frame move one pixel of layer 2's hidden state in the same step.
 
-    ConvLSTM: 1 + 3·2 = 7, as the paper says. SMS-LSTM: a pooling adds one pixel of the size it reads, a 3×3 layer two of
-    its own: 1 + 2 + 1 + 2·2 + 2 + 4·2 = 18, where the paper has "approximately 15". An MK-LSTM layer reaches further than
-    its 5×5 kernel: W'_oc * C̃_t sees 5×5 of a cell that saw 5×5 in this very step, so 9×9, and adds 8 pixels of its size:
-    TMS-LSTM 1 + 3·8 = 25, MS-LSTM 1 + 8 + 1 + 2·8 + 2 + 4·8 = 60 ("much larger than 15").
+    ConvLSTM: 1 + 3·2 = 7, as the paper says. SMS-LSTM: a pooling adds one pixel of the size it reads, a 3×3 layer two
+    of its own: 1 + 2 + 1 + 2·2 + 2 + 4·2 = 18, where the paper has "approximately 15". An MK-LSTM layer reaches further
+    than its 5×5 kernel: W'_oc * C̃_t sees 5×5 of a cell that saw 5×5 in this very step. That is 9×9, and 8 pixels more
+    from layer to layer: TMS-LSTM 1 + 3·8 = 25, MS-LSTM 1 + 8 + 1 + 2·8 + 2 + 4·8 = 60 ("much larger than 15").
     """
     model = MSLSTM(size=96, hidden=8, variant=variant).double()
     frames = torch.rand(4, 2, 1, 96, 96, dtype=torch.float64, requires_grad=True)
