@@ -104,7 +104,7 @@ def layer_output_bytes(model, frames):
     layers = [m for m in model.modules() if not [*m.children()] and [*m.parameters(recurse=False)]]
     hooks = [layer.register_forward_hook(add) for layer in layers]
     with torch.no_grad():
-        model(frames)
+        model(frames, extras="loss")
     for hook in hooks:
         hook.remove()
     return total
@@ -126,9 +126,10 @@ def saved_bytes(model, frames):
         return tensor                                             # the graph holds it, so no address comes twice
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        predictions = model(frames)
-        assert predictions.requires_grad                          # and holds the graph up to here
-    return sum(kept.values())
+        result = model(frames, extras="loss")                     # as in training
+    total = sum(kept.values())
+    del result                                                    # which held the graph up to here
+    return total
 
 
 def test_cost_model_of_convlstm_by_hand():
