@@ -95,10 +95,10 @@ def merge(convs):
 class DetailContextBlock(nn.Module):
     """DCB, §2.2 and Eq. 2: input and context reweight each other in turn.
 
-    Args: channels of both, the (H, W) of the feature maps, whether LayerNorm is used, the kernel sizes (odd), the number
-    of half-steps (at least 2), the scale factor s.
-    Called with x and h (B, channels, H, W); returns x̂, ĥ and the last weight maps (Attn_H, Attn_X), each in (0, 1), all
-    of that shape. `merged` may hold what `self.merged()` returned, so that a roll-out builds it once.
+    Args: channels of both, the (H, W) of the feature maps, whether LayerNorm is used, the kernel sizes (odd), the
+    number of half-steps (at least 2), the scale factor s.
+    Called with x and h (B, channels, H, W); returns x̂, ĥ and the last weight maps (Attn_H, Attn_X), each in (0, 1),
+    all of that shape. `merged` may hold what `self.merged()` returned, so that a roll-out builds it once.
     """
 
     def __init__(self, channels, size, norm, kernels=(3, 5, 7), steps=5, scale=2.0):
@@ -108,13 +108,13 @@ class DetailContextBlock(nn.Module):
         self.norm, self.steps, self.scale = norm, steps, scale
 
     def merged(self):
-        """Without LayerNorm (weight, bias) of the one convolution of h and that of x; with it None: it is not linear."""
+        """(weight, bias) of the one convolution of h, and of that of x; None with LayerNorm, which is not linear."""
         return None if self.norm else (merge(self.of_h), merge(self.of_x))
 
     def forward(self, x, h, merged=None):
         of_h, of_x = merged or self.merged() or (self.of_h, self.of_x)
-        # Eq. 2 prints X̂ = s × Attn_H × H_{t-1} and Ĥ = s × Attn_X × X̂_{t-1}. With that the input itself would never enter
-        # the cell; steps 1 and 2 of §2.2 and the released code reweight X by the map of H and H by the map of X.
+        # Eq. 2 prints X̂ = s × Attn_H × H_{t-1} and Ĥ = s × Attn_X × X̂_{t-1}. With that the input itself would never
+        # enter the cell; steps 1 and 2 of §2.2 and the released code reweight X by the map of H, H by the map of X.
         for step in range(self.steps):
             if step % 2 == 0:
                 # Eq. 2   Attn_H = σ(Σ_k W_h^{k×k} * H / n)       X ← s · Attn_H ∘ X
@@ -137,8 +137,8 @@ class DetailContextBlock(nn.Module):
 class MoDeRNNCell(nn.Module):
     """One layer: the DCB, then a ConvLSTM cell (Eq. 3).
 
-    Args: channels of input and hidden state, the gates' kernel size, the (H, W) of the feature maps, whether LayerNorm is
-    used (`patch4`), the DCB's kernel sizes (none: no DCB).
+    Args: channels of input and hidden state, the gates' kernel size, the (H, W) of the feature maps, whether LayerNorm
+    is used (`patch4`), the DCB's kernel sizes (none: no DCB).
     Called with x, h, c (B, hidden, H, W) and, if wanted, `self.dcb.merged()`; returns the new h and c, and the DCB's
     weight maps (Attn_H, Attn_X), None without a DCB.
     """
@@ -185,7 +185,8 @@ class MoDeRNN(nn.Module):
         network = NETWORK[setup] | {name: value for name, value in given.items() if value is not None}
         hidden, layers, kernel, patch = (network[name] for name in given)
         if min(channels, hidden, layers, kernel, patch) < 1 or kernel % 2 == 0:
-            raise ValueError(f"channels, hidden, layers, kernel and patch must be positive and the kernel odd: {network}")
+            raise ValueError("channels, hidden, layers, kernel and patch must be positive and the kernel odd: "
+                             f"{network | dict(channels=channels)}")
         height, width = (size, size) if isinstance(size, int) else size
         if height % patch or width % patch or min(height, width) < patch:
             near = [max(side // patch, 1) * patch for side in (height, width)]
@@ -220,9 +221,9 @@ class MoDeRNN(nn.Module):
                 False the last prediction. Row 0 is taken as True. None: every observed frame is read.
             extras: True, "loss" or query points [(y, x), …]: also return a dict. This model adds nothing to the loss
                 and has no attention to points; except for "loss" the dict holds "layers", one (B, steps, hidden, H/p,
-                W/p) a layer: its hidden states; and, with a DCB, "weights", one (B, steps, 2, hidden, H/p, W/p) a layer,
-                values in (0, 1): the DCB's last weight maps (Fig. 3), first Attn_H, which the input was multiplied
-                with, then Attn_X, which the context was.
+                W/p) a layer: its hidden states; and, with a DCB, "weights", one (B, steps, 2, hidden, H/p, W/p) a
+                layer, values in (0, 1): the DCB's last weight maps (Fig. 3), first Attn_H, which the input was
+                multiplied with, then Attn_X, which the context was.
         Returns: predictions (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1. With extras: a pair.
         """
         truth = F.pixel_unshuffle(frames, self.patch)             # (B, T, p²C, H/p, W/p)
