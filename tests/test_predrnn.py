@@ -86,7 +86,7 @@ def test_memory_zigzags(setup):
         disturb = True
         other, after = model(frames), calls
     assert torch.equal(before[0][0], torch.zeros_like(before[0][0]))
-    for k in range(1, 12):                                        # M's one path: up the layers, then on to the next step
+    for k in range(1, 12):                                        # M has one path
         assert torch.equal(before[k][0], before[k - 1][1]) and torch.equal(after[k][0], after[k - 1][1])
     for k, (a, b) in enumerate(zip(before, after)):
         same = [torch.equal(u, v) for u, v in zip(a, b)]

@@ -1,0 +1,212 @@
+"""SA-ConvLSTM against its equations, its counts against the spec's, its attention against the literal softmax."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import count_macs, count_parameters
+from literal import apply, arrays, layer_norm, randomize, sigmoid, softmax
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sa_convlstm import VARIANTS, SAConvLSTM, SAConvLSTMCell, SelfAttentionMemory, attend
+
+SMALL = dict(size=16, hidden=8, layers=3, kernel=3)
+ATTENDS = {"full": 2, "no_zm": 1, "base": 2}                      # variants with attention: maps a point
+
+
+def weights_of(q, k):
+    """α of Eq. 2-3 as an (N, N) matrix, from q and k (C, H, W), one product after the other."""
+    q, k = q.reshape(len(q), -1), k.reshape(len(k), -1)
+    scores = np.array([[sum(q[c, i] * k[c, j] for c in range(len(q))) for j in range(k.shape[1])]
+                       for i in range(q.shape[1])])
+    return softmax(scores)
+
+
+def gathered(q, k, v):
+    """Z of Eq. 4: a weighted sum over all positions for every position."""
+    alpha, flat = weights_of(q, k), v.reshape(len(v), -1)
+    z = np.stack([sum(alpha[i, j] * flat[:, j] for j in range(len(alpha))) for i in range(len(alpha))], 1)
+    return z.reshape(v.shape)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cell_is_the_equations(variant, norm):
+    cell = randomize(SAConvLSTMCell(2, 3, 3, (4, 5), norm, variant))
+    x, h, c, m = (torch.randn(1, n, 4, 5, dtype=torch.float64) for n in (2, 3, 3, 3))
+    *got, maps = cell(x, h, c, m)
+    assert maps is None
+
+    w, (x, h, c, m) = arrays(cell), (v[0].numpy() for v in (x, h, c, m))
+    if variant == "base":
+        for name, v in (("attend_x", x), ("attend_h", h)):
+            qkv = apply(w, f"{name}.qkv", v)
+            z = gathered(*np.split(qkv, 3))
+            v += apply(w, f"{name}.fuse", z)                      # in place: Ĥ = W_f Z + H
+    a = apply(w, "x2h", x) + apply(w, "h2h", h)
+    i, f, g, o = a[0:3], a[3:6], a[6:9], a[9:12]
+    c = sigmoid(f + (1 if norm else 0)) * c + sigmoid(i) * np.tanh(g)
+    if norm:
+        c = layer_norm(c, w["norm_c.weight"], w["norm_c.bias"])
+    h = sigmoid(o) * np.tanh(c)
+    if variant in ("full", "no_zm", "memory"):
+        seen = h
+        if variant != "memory":
+            q, k, v = np.split(apply(w, "memory.qkv_h", h), 3)
+            z = gathered(q, k, v)
+            if variant == "full":
+                k_m, v_m = np.split(apply(w, "memory.kv_m", m), 2)
+                z = np.concatenate([z, gathered(q, k_m, v_m)])
+            seen = np.concatenate([apply(w, "memory.fuse", z), h])
+        i, g, o = np.split(apply(w, "memory.gates.1", depthwise(w, seen)), 3)
+        m = (1 - sigmoid(i)) * m + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * m
+    for computed, expected in zip(got, (h, c, m)):
+        np.testing.assert_allclose(computed[0].detach().numpy(), expected, atol=1e-12)
+
+
+def depthwise(w, seen):
+    """One 3×3 convolution in each channel by itself."""
+    weight, bias = w["memory.gates.0.weight"], w["memory.gates.0.bias"]
+    assert weight.shape == (len(seen), 1, 3, 3)
+    each = [apply({"one.weight": weight[n : n + 1], "one.bias": bias[n : n + 1]}, "one", seen[n : n + 1])
+            for n in range(len(seen))]
+    return np.concatenate(each)
+
+
+def test_attention_is_the_literal_softmax():
+    q, k, v = (torch.randn(2, 3, 4, 5, dtype=torch.float64) * 2 for _ in range(3))
+    z, maps = attend(q, k, v, torch.tensor([0, 7, 19]))
+    assert maps.shape == (2, 3, 4, 5)
+    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 3, dtype=torch.float64))
+    for b in range(2):
+        np.testing.assert_allclose(z[b].numpy(), gathered(*(u[b].numpy() for u in (q, k, v))), atol=1e-12)
+        alpha = weights_of(q[b].numpy(), k[b].numpy())
+        np.testing.assert_allclose(maps[b].numpy(), alpha[[0, 7, 19]].reshape(3, 4, 5), atol=1e-12)
+    again, none = attend(q, k, v)
+    assert none is None and torch.equal(again, z)
+
+
+@pytest.mark.parametrize("variant", ATTENDS)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_runs_on_the_fused_kernel(variant, precision):
+    """Forward and backward with nothing but the kernel that stores no N×N matrix allowed."""
+    model = SAConvLSTM(variant=variant, **SMALL)
+    frames = torch.rand(2, 4, 1, 16, 16)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            out = model(frames, horizon=1)
+        out.sum().backward()
+    assert out.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant, parameters", [
+    ("full", 4_678_992), ("no_zm", 4_629_328), ("memory", 4_511_056), ("base", 4_591_696), ("convlstm", 4_458_576)])
+def test_parameters(variant, parameters):
+    assert count_parameters(SAConvLSTM(variant=variant)) == parameters
+
+
+@pytest.mark.parametrize("setup, patch, layers, C, kernel", [("patch4", 4, 4, 64, 5), ("fullres", 1, 6, 32, 3)])
+def test_multiply_accumulates(setup, patch, layers, C, kernel):
+    """ConvLSTM, and what each variant adds to it, counted by hand; `attention`: Qᵀ K and α V."""
+    N = (64 // patch) ** 2
+    convlstm = 19 * N * (layers * 8 * C * C * kernel**2 + 2 * C * patch**2)
+    attention, one = 2 * N * N * C, N * C * C                     # one: a 1×1 convolution C → C
+    added = {
+        "convlstm": 0,
+        "base": 2 * (attention + 3 * one + one),
+        "memory": 9 * N * C + 3 * one,
+        "no_zm": attention + 3 * one + one + 9 * N * 2 * C + 2 * 3 * one,
+        "full": 2 * attention + 5 * one + 2 * one + 9 * N * 2 * C + 2 * 3 * one,
+    }
+    assert round(convlstm / 1e9, 1) == dict(patch4=15.9, fullres=34.4)[setup]
+    for variant, macs in added.items():
+        assert count_macs(SAConvLSTM, 20, setup=setup, variant=variant) == convlstm + 19 * layers * macs
+
+
+def test_memory_without_z_m_is_no_zm():
+    """Where W_z does not look at Z_m, the full SAM is the one that never computes it."""
+    full, cut = SelfAttentionMemory(8), SelfAttentionMemory(8, z_m=False)
+    with torch.no_grad():
+        full.fuse.weight[:, 8:] = 0
+        full.fuse.weight[:, :8] = cut.fuse.weight
+    full.load_state_dict({name: w for name, w in cut.state_dict().items() if name != "fuse.weight"}, strict=False)
+    h, m = torch.randn(2, 2, 8, 4, 4)
+    for a, b in zip(full(h, m), cut(h, m)):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        full.fuse.weight[:, 8:] = 0.1
+    assert not torch.allclose(full(h, m)[0], cut(h, m)[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sees_the_whole_frame(variant):
+    """In one layer and one step the far corner matters where there is attention, and only there."""
+    model = SAConvLSTM(setup="fullres", variant=variant, size=16, hidden=8, layers=1, kernel=3)
+    frames = torch.rand(1, 2, 1, 16, 16)
+    changed = frames.clone()
+    changed[0, 0, 0, 0, 0] += 1
+    with torch.no_grad():
+        same = torch.equal(model(frames)[..., 15, 15], model(changed)[..., 15, 15])
+    assert same == (variant not in ATTENDS)
+
+
+@pytest.mark.parametrize("setup", ["patch4", "fullres"])
+@pytest.mark.parametrize("variant", ATTENDS)
+def test_attention_maps(setup, variant):
+    """The maps of query points, given in pixels, are rows of the α that each layer used."""
+    model = SAConvLSTM(setup=setup, variant=variant, patch=4, **SMALL)
+    inputs = {}                                                   # by module and step: what it attended to
+
+    def record(name):
+        return lambda module, given, result: inputs.setdefault(name, []).append(given)
+
+    for layer, cell in enumerate(model.cells):
+        for module in (cell.attend_x, cell.attend_h) if variant == "base" else (cell.memory,):
+            module.register_forward_hook(record((layer, module)))
+    frames, points = torch.rand(2, 3, 1, 16, 16), [(0, 0), (7, 15), (15, 3)]
+    with torch.no_grad():
+        _, found = model(frames, horizon=2, extras=points)
+    patches = [0, 1 * 4 + 3, 3 * 4 + 0]                           # on the 4×4 grid
+    for layer, cell in enumerate(model.cells):
+        maps = found["attention"][layer]
+        assert maps.shape == (2, 4, 3, ATTENDS[variant], 4, 4) and maps.dtype == torch.float32
+        torch.testing.assert_close(maps.sum((-1, -2)), torch.ones(2, 4, 3, ATTENDS[variant]))
+        for step in range(4):
+            if variant == "base":
+                pairs = [module.qkv(inputs[layer, module][step][0]).chunk(3, 1)[:2]
+                         for module in (cell.attend_x, cell.attend_h)]
+            else:
+                h, m, _ = inputs[layer, cell.memory][step]
+                q, k = cell.memory.qkv_h(h).chunk(3, 1)[:2]
+                pairs = [(q, k)] if variant == "no_zm" else [(q, k), (q, cell.memory.kv_m(m).chunk(2, 1)[0])]
+            for n, (q, k) in enumerate(pairs):
+                alpha = weights_of(*(u[1].detach().double().numpy() for u in (q, k)))[patches]
+                np.testing.assert_allclose(maps[1, step, :, n].numpy(), alpha.reshape(3, 4, 4), atol=1e-6)
+
+
+def test_attention_maps_only_when_asked():
+    model = SAConvLSTM(**SMALL)
+    zero = torch.zeros(1, 8, 4, 4)
+    assert model.step(torch.rand(1, 16, 4, 4), [(zero, zero, zero)] * 3)[2] == [None] * 3
+    frames = torch.rand(1, 3, 1, 16, 16)
+    assert model(frames, extras="loss")[1] == {}
+    centre, same = (model(frames, extras=points)[1]["attention"] for points in (True, [(8, 8)]))
+    assert all(torch.equal(a, b) for a, b in zip(centre, same))
+    for variant in ("memory", "convlstm"):
+        assert set(SAConvLSTM(variant=variant, **SMALL)(frames, extras=True)[1]) == {"layers"}
+    for outside in ([(16, 0)], [(0, 0), (3, -1)]):
+        with pytest.raises(ValueError, match="16×16"):
+            model(frames, extras=outside)
+
+
+def test_attention_maps_in_bf16_and_recomputed():
+    model = SAConvLSTM(**SMALL)
+    frames = torch.rand(1, 3, 1, 16, 16)
+    exact = model(frames, extras=True)[1]["attention"][2]
+    model.recompute = True
+    torch.testing.assert_close(model(frames, extras=True)[1]["attention"][2], exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(frames, extras=True)[1]["attention"][2]
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough.sum((-1, -2)), torch.ones(1, 2, 1, 2))   # not rounded to bf16 after the softmax
+    torch.testing.assert_close(rough, exact, rtol=0.03, atol=0.001)
