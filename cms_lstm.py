@@ -24,7 +24,8 @@ Where the paper is silent or the released code differs, this file decides, at th
   - `patch4`: LayerNorm over all of (C, H, W) after the gate convolutions and on the cell state. Its weights have that
     shape, so A CHECKPOINT FITS ONE FRAME SIZE ONLY. `fullres`: no normalisation, any size that the scales divide.
 The blocks stand on their own, `x, h = ContextEmbedding(64)(x, h)` and `h, c = SpatiotemporalExpression(64)(h, c)`, and
-go round any cell.
+go round any cell; the paper's transplants into PredRNN and SA-ConvLSTM (Table 3) are the last part of the file. Their
+code was never released: they follow what Eq. 5 suggests.
 
     model = CMSLSTM(channels=1, size=64)                        # patch4; setup="fullres" for the other one
     prediction = model(frames)                                  # (B, T, C, H, W) in [0, 1] -> (B, T-1, C, H, W)
@@ -47,11 +48,22 @@ VARIANTS = {
     "se1": "w CE, w 1-scale SE: attention over the whole map only",
     "se2": "w CE, w 2-scale SE: scales 1 and 2",
     "no_ce": "w/o CE, w SE",
+    "predrnn": "PredRNN: neither CE nor SE",
+    "predrnn_no_se": "PredRNN w CE, w/o SE",
+    "predrnn_no_ce": "PredRNN w/o CE, w SE",
+    "predrnn_full": "PredRNN w CE, w SE",
+    "sa_convlstm": "SA-ConvLSTM: neither CE nor SE",
+    "sa_convlstm_no_ce": "SA-ConvLSTM w/o CE, w SE",
+    "sa_convlstm_no_se": "SA-ConvLSTM w CE, w/o SE",
 }
 # What a variant is built of: the cell, whether CE comes before it, the scales of SE after it (none: no SE).
 BUILT_OF = {
     "full": ("convlstm", True, (1, 2, 4)), "convlstm": ("convlstm", False, ()), "no_se": ("convlstm", True, ()),
     "se1": ("convlstm", True, (1,)), "se2": ("convlstm", True, (1, 2)), "no_ce": ("convlstm", False, (1, 2, 4)),
+    "predrnn": ("predrnn", False, ()), "predrnn_no_se": ("predrnn", True, ()),
+    "predrnn_no_ce": ("predrnn", False, (1, 2, 4)), "predrnn_full": ("predrnn", True, (1, 2, 4)),
+    "sa_convlstm": ("sa_convlstm", False, ()), "sa_convlstm_no_ce": ("sa_convlstm", False, (1, 2, 4)),
+    "sa_convlstm_no_se": ("sa_convlstm", True, ()),
 }
 DEFAULT_SETUP = "patch4"
 NETWORK = {
@@ -83,6 +95,13 @@ PUBLISHED = [
     dict(variant="se1", **MNIST, psnr=21.708, ssim=0.927, mse=35.1, mae=76.3),
     dict(variant="no_ce", **MNIST, psnr=21.712, ssim=0.927, mse=34.8, mae=76.2),
     dict(variant="se2", **MNIST, psnr=21.858, ssim=0.929, mse=33.8, mae=74.3),
+    dict(variant="predrnn", **MNIST, psnr=19.603, ssim=0.867, mse=56.8, mae=126.1),
+    dict(variant="predrnn_no_se", **MNIST, psnr=22.356, ssim=0.924, mse=30.7, mae=82.7),
+    dict(variant="predrnn_no_ce", **MNIST, psnr=22.761, ssim=0.931, mse=28.7, mae=76.9),
+    dict(variant="predrnn_full", **MNIST, psnr=23.210, ssim=0.935, mse=26.3, mae=74.2),
+    dict(variant="sa_convlstm", **MNIST, psnr=20.500, ssim=0.913, mse=43.9, mae=94.7),
+    dict(variant="sa_convlstm_no_ce", **MNIST, psnr=20.970, ssim=0.918, mse=39.8, mae=84.2),
+    dict(variant="sa_convlstm_no_se", **MNIST, psnr=22.591, ssim=0.929, mse=27.3, mae=79.0),
     dict(variant="full", setup="patch4", data="taxibj", source="CMS-LSTM, Table 2",
          mse_frames=[0.162, 0.203, 0.254, 0.294], mse=0.228),
     dict(variant="full", setup="fullres", data="taxibj", source="MS-LSTM, Tables 4-5",
@@ -208,9 +227,9 @@ class CMSLSTMCell(nn.Module):
 
     Args: channels of input and hidden state, the gates' and CE's kernel size, the (H, W) of the feature maps, whether
     LayerNorm is used (`patch4`), CE's half-steps (0: no CE), SE's scales (none: no SE).
-    Called with x (B, hidden, H, W), the state (h, c) of that shape each, a memory that is handed on as it is (PredRNN's
-    cell, below, uses it) and query points or None; returns the new state, the memory and a dict, empty without points:
-    "ce_input" (B, 2, hidden, H, W), X_t and X̂_t; "attention", see `SpatiotemporalExpression.attention`.
+    Called with x (B, hidden, H, W), the state (h, c) of that shape each, a memory that is handed on as it is (only
+    PredRNN's cell, below, has one) and query points or None; returns the new state, the memory and a dict, empty without
+    points: "ce_input" (B, 2, hidden, H, W), X_t and X̂_t; "attention", see `SpatiotemporalExpression.attention`.
     """
 
     states = 2                                                    # h, c
@@ -233,19 +252,22 @@ class CMSLSTMCell(nn.Module):
             if points is not None:
                 seen["ce_input"] = torch.stack([x, x_hat], 1)     # (B, 2, hidden, H, W)
             x = x_hat
-        # Every gate of Eq. 5 is a sum W_x * X̂_t + W_h * Ĥ_{t-1} + b: one convolution of each serves all four.
-        gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
-        i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
-        # Eq. 5   C_t = f_t ∘ C_{t-1} + i_t ∘ g_t
-        c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
-        # Eq. 5   H_t = o_t ∘ tanh(C_t)
-        h = torch.sigmoid(o) * torch.tanh(c)
+        h, c, memory = self.lstm(x, h, c, memory)
         if self.se is not None:
             if points is not None:
                 seen["attention"] = self.se.attention(h, c, points)
             # Eq. 5   Ĥ_t, Ĉ_t = SE(H_t, C_t)
             h, c = self.se(h, c)
         return (h, c), memory, seen
+
+    def lstm(self, x, h, c, memory):
+        # Every gate of Eq. 5 is a sum W_x * X̂_t + W_h * Ĥ_{t-1} + b: one convolution of each serves all four.
+        gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
+        i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
+        # Eq. 5   C_t = f_t ∘ C_{t-1} + i_t ∘ g_t
+        c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
+        # Eq. 5   H_t = o_t ∘ tanh(C_t)
+        return torch.sigmoid(o) * torch.tanh(c), c, memory
 
 
 class CMSLSTM(nn.Module):
@@ -356,7 +378,78 @@ class CMSLSTM(nn.Module):
         return [1.0] * frames_in + [epsilon] * (steps - frames_in)
 
 
-CELLS = {"convlstm": CMSLSTMCell}
+# --- The transplants of Table 3: the same blocks round two other cells. Their gate kernel is this file's, 3×3, so that
+# --- the rows compare, where the cells' own papers have 5×5.
+
+
+class PredRNNCell(CMSLSTMCell):
+    """CE, PredRNN's ST-LSTM (Wang et al. 2017), SE on (H_t, C_t).
+
+    Arguments, call and returns as CMSLSTMCell's; `memory` (B, hidden, H, W) is M, which CE and SE leave untouched: it
+    climbs the layers inside a step, and what leaves the top layer enters the bottom one a step later.
+    """
+
+    def __init__(self, hidden, kernel, size, norm, ce_steps=5, scales=(1, 2, 4)):
+        super().__init__(hidden, kernel, size, norm, ce_steps, scales)
+        self.x2h = conv(hidden, 7 * hidden, kernel, size, norm)   # W_x* and W'_x*, for i, f, g, i', f', g', o
+        self.m2h = conv(hidden, 3 * hidden, kernel, size, norm)   # W_m*, for i', f', g'
+        self.cm2o = conv(2 * hidden, hidden, kernel, size, norm)  # W_co and W_mo
+        self.last = nn.Conv2d(2 * hidden, hidden, 1, bias=not norm)     # W_1×1
+        self.norm_c = nn.Identity()                               # C and M get no LayerNorm
+
+    def lstm(self, x, h, c, memory):
+        m = memory                                                # M^{l-1}_t
+        xi, xf, xg, xi_m, xf_m, xg_m, xo = self.x2h(x).to(c.dtype).chunk(7, 1)     # each (B, hidden, H, W)
+        hi, hf, hg, ho = self.h2h(h).to(c.dtype).chunk(4, 1)
+        mi, mf, mg = self.m2h(m).to(c.dtype).chunk(3, 1)
+        # C_t = f ∘ C_{t-1} + i ∘ g
+        c = torch.sigmoid(xf + hf + self.forget_offset) * c + torch.sigmoid(xi + hi) * torch.tanh(xg + hg)
+        # M^l_t = f' ∘ M^{l-1}_t + i' ∘ g'
+        m = torch.sigmoid(xf_m + mf + self.forget_offset) * m + torch.sigmoid(xi_m + mi) * torch.tanh(xg_m + mg)
+        cm = torch.cat([c, m], 1)                                 # (B, 2·hidden, H, W)
+        # o = σ(W_xo * X_t + W_ho * H_{t-1} + W_co * C_t + W_mo * M_t + b_o)
+        o = torch.sigmoid(xo + ho + self.cm2o(cm).to(c.dtype))
+        # H_t = o ∘ tanh(W_1×1 * [C_t, M_t])
+        return o * torch.tanh(self.last(cm).to(c.dtype)), c, m
+
+
+class SAConvLSTMCell(CMSLSTMCell):
+    """CE, a ConvLSTM cell, SE, then the self-attention memory of SA-ConvLSTM (Lin et al. 2020) on SE's Ĥ_t.
+
+    Arguments, call and returns as CMSLSTMCell's, but the state is (h, c, m): every layer has a memory M of its own,
+    which runs through time.
+    """
+
+    states = 3                                                    # h, c, m
+
+    def __init__(self, hidden, kernel, size, norm, ce_steps=5, scales=(1, 2, 4)):
+        super().__init__(hidden, kernel, size, norm, ce_steps, scales)
+        self.qkv_h = nn.Conv2d(hidden, 3 * hidden, 1)             # W_q, W_k, W_v
+        self.kv_m = nn.Conv2d(hidden, 2 * hidden, 1)              # W_mk, W_mv
+        self.mix_z = nn.Conv2d(2 * hidden, hidden, 1)             # W_z
+        self.zh2g = nn.Sequential(                                # i', g', o' from [Z; H_t], depth-wise separable
+            nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden), nn.Conv2d(2 * hidden, 3 * hidden, 1))
+
+    def forward(self, x, state, memory=None, points=None):
+        h, c, m = state
+        (h, c), memory, seen = super().forward(x, (h, c), memory, points)
+        # All positions are tokens of one sequence; fused attention wants a token's channels together.
+        q, k_h, v_h = self.qkv_h(h).flatten(2).mT.unsqueeze(1).contiguous().chunk(3, -1)      # each (B, 1, HW, hidden)
+        k_m, v_m = self.kv_m(m).flatten(2).mT.unsqueeze(1).contiguous().chunk(2, -1)
+        # Eq. 2-4   Z_h = softmax(Q_hᵀ K_h) V_h        Eq. 5-7   Z_m = softmax(Q_hᵀ K_m) V_m       no 1/√d
+        z_h = F.scaled_dot_product_attention(q, k_h, v_h, scale=1.0)
+        z_m = F.scaled_dot_product_attention(q, k_m, v_m, scale=1.0)
+        z = torch.cat([z_h, z_m], -1).squeeze(1).mT.unflatten(2, h.shape[2:])      # (B, 2·hidden, H, W)
+        # Z = W_z [Z_h; Z_m]        Eq. 8-9   i', g', o' from [Z; H_t]
+        i, g, o = self.zh2g(torch.cat([self.mix_z(z), h], 1)).to(m.dtype).chunk(3, 1)     # each (B, hidden, H, W)
+        i = torch.sigmoid(i)
+        # Eq. 8   M_t = (1 - i') ∘ M_{t-1} + i' ∘ g'
+        m = (1 - i) * m + i * torch.tanh(g)
+        # Eq. 9   Ĥ_t = o' ∘ M_t
+        return (torch.sigmoid(o) * m, c, m), memory, seen
+
+
+CELLS = {"convlstm": CMSLSTMCell, "predrnn": PredRNNCell, "sa_convlstm": SAConvLSTMCell}
 MODEL = CMSLSTM
 
 if __name__ == "__main__":

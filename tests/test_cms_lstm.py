@@ -6,7 +6,8 @@ import torch
 from conftest import count_macs, count_parameters
 from literal import apply, arrays, conv2d, layer_norm, randomize, sigmoid, softmax
 
-from cms_lstm import CMSLSTM, CMSLSTMCell, ContextEmbedding, SpatiotemporalExpression, cut, uncut
+from cms_lstm import (BUILT_OF, PUBLISHED, VARIANTS, CMSLSTM, CMSLSTMCell, ContextEmbedding, PredRNNCell,
+                      SAConvLSTMCell, SpatiotemporalExpression, cut, uncut)
 
 
 def literal_ce(w, name, x, h, steps=5):
@@ -107,6 +108,80 @@ def test_cell_is_the_equations(norm, ce_steps, scales):
     same(got_c, c)
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("ce_steps, scales", [(5, (1, 2, 4)), (0, ())])
+def test_predrnn_cell_is_the_equations(norm, ce_steps, scales):
+    """The ST-LSTM, CE on (X_t, H_{t-1}) before it, SE on (H_t, C_t) after it, M untouched by both."""
+    cell = randomize(PredRNNCell(2, 3, (4, 8), norm, ce_steps, scales))
+    x, h, c, m = maps(4)
+    (got_h, got_c), got_m, _ = cell(x, (h, c), m)
+
+    w, (x, h, c, m) = arrays(cell), (v[0].numpy() for v in (x, h, c, m))
+    if ce_steps:
+        x, h = literal_ce(w, "ce.", x, h)
+    offset = 1 if norm else 0
+    xs, hs, ms = np.split(apply(w, "x2h", x), 7), np.split(apply(w, "h2h", h), 4), np.split(apply(w, "m2h", m), 3)
+    c = sigmoid(xs[1] + hs[1] + offset) * c + sigmoid(xs[0] + hs[0]) * np.tanh(xs[2] + hs[2])
+    m = sigmoid(xs[4] + ms[1] + offset) * m + sigmoid(xs[3] + ms[0]) * np.tanh(xs[5] + ms[2])
+    cm = np.concatenate([c, m])
+    h = sigmoid(xs[6] + hs[3] + apply(w, "cm2o", cm)) * np.tanh(apply(w, "last", cm))
+    if scales:
+        h, c = literal_se(w, "se.", h, c, scales, norm)
+    for got, want in ((got_h, h), (got_c, c), (got_m, m)):
+        same(got, want)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("ce_steps, scales", [(5, (1, 2, 4)), (0, ())])
+def test_sa_convlstm_cell_is_the_equations(norm, ce_steps, scales):
+    """CE before the gates, SE between the gates and the self-attention memory."""
+    cell = randomize(SAConvLSTMCell(2, 3, (4, 8), norm, ce_steps, scales))
+    x, h, c, m = maps(4)
+    (got_h, got_c, got_m), _, _ = cell(x, (h, c, m))
+
+    w, (x, h, c, m) = arrays(cell), (v[0].numpy() for v in (x, h, c, m))
+    if ce_steps:
+        x, h = literal_ce(w, "ce.", x, h)
+    h, c = literal_convlstm(w, x, h, c, norm)
+    if scales:
+        h, c = literal_se(w, "se.", h, c, scales, norm)
+    (q, k, v), (k_m, v_m) = ([part.reshape(2, -1) for part in np.split(apply(w, name, of), n)]
+                             for name, of, n in (("qkv_h", h, 3), ("kv_m", m, 2)))
+    z = np.concatenate([v @ softmax(q.T @ k).T, v_m @ softmax(q.T @ k_m).T]).reshape(4, 4, 8)
+    a = np.concatenate([apply(w, "mix_z", z), h])
+    i, g, o = np.split(apply(w, "zh2g.1", conv2d(a, w["zh2g.0.weight"], w["zh2g.0.bias"])), 3)
+    m = (1 - sigmoid(i)) * m + sigmoid(i) * np.tanh(g)
+    for got, want in ((got_h, sigmoid(o) * m), (got_c, c), (got_m, m)):
+        same(got, want)
+
+
+@pytest.mark.parametrize("variant", ["predrnn", "predrnn_full"])
+def test_the_transplanted_memory_zigzags(variant):
+    """Up the layers inside a step, from the top to the bottom between steps; C and H stay in their layer."""
+    model = CMSLSTM(size=16, hidden=4, layers=3, variant=variant).double()
+    states = torch.randn(6, 1, 4, 4, 4, dtype=torch.float64)
+    frame, memory = torch.randn(1, 16, 4, 4, dtype=torch.float64), torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    states = list(zip(states[::2], states[1::2]))
+    for _ in range(2):
+        h, want, m = model.embed(frame), [], memory
+        for cell, state in zip(model.cells, states):
+            state, m, _ = cell(h, state, m)
+            h = state[0]
+            want.append(state)
+        frame, (states, memory), _ = model.step(frame, (states, memory))
+        torch.testing.assert_close((frame, states, memory), (model.output(h), want, m), rtol=0, atol=0)
+
+
+def test_every_row_of_table_3():
+    """Every variant is built of something and published, and what it is built of is what its cells hold."""
+    assert set(VARIANTS) == set(BUILT_OF) == {row["variant"] for row in PUBLISHED if "Table" in row["source"]}
+    cells = dict(convlstm=CMSLSTMCell, predrnn=PredRNNCell, sa_convlstm=SAConvLSTMCell)
+    for variant, (backbone, with_ce, scales) in BUILT_OF.items():
+        for cell in CMSLSTM(size=16, hidden=4, variant=variant).cells:
+            assert type(cell) is cells[backbone] and (cell.ce is not None) == with_ce
+            assert (cell.se.scales if cell.se else ()) == scales
+
+
 def test_blocks_stand_on_their_own():
     """Without LayerNorm they need no size: round any cell, on any maps that the scales divide."""
     ce, se = ContextEmbedding(6), SpatiotemporalExpression(6)
@@ -180,13 +255,20 @@ def test_no_score_matrix_is_stored():
 
 @pytest.mark.parametrize("variant, parameters", [
     ("full", 7_967_568), ("no_se", 2_918_480), ("no_ce", 7_410_512), ("se1", 7_048_528), ("se2", 7_508_048),
-    ("convlstm", 2_361_424)])
+    ("convlstm", 2_361_424),
+    # PredRNN's and SA-ConvLSTM's own counts under `patch4`, 8,554,576 and 4,678,992, with 3×3 gates for 5×5; plus CE's
+    # 557,056 = 2,918,480 - 2,361,424 and SE's 5,049,088 = 7,410,512 - 2,361,424.
+    ("predrnn", 8_554_576 - 4 * 16 * 64 * 64 * 16), ("predrnn_full", 4_360_272 + 557_056 + 5_049_088),
+    ("predrnn_no_se", 4_360_272 + 557_056), ("predrnn_no_ce", 4_360_272 + 5_049_088),
+    ("sa_convlstm", 4_678_992 - 4 * 16 * 64 * 64 * 8), ("sa_convlstm_no_se", 2_581_840 + 557_056),
+    ("sa_convlstm_no_ce", 2_581_840 + 5_049_088)])
 def test_parameters(variant, parameters):
     assert count_parameters(CMSLSTM(variant=variant)) == parameters
 
 
 def test_parameters_of_other_forms():
     assert count_parameters(CMSLSTM(setup="fullres")) == 1_123_489
+    assert count_parameters(CMSLSTM(setup="fullres", variant="predrnn")) == 900_193
     assert round(count_parameters(CMSLSTM(kernel=5)) / 1e6, 3) == 10.589
     assert count_parameters(CMSLSTM(ce_steps=10)) == 7_967_568    # the half-steps share their weights
 
