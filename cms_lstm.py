@@ -228,8 +228,8 @@ class CMSLSTMCell(nn.Module):
     Args: channels of input and hidden state, the gates' and CE's kernel size, the (H, W) of the feature maps, whether
     LayerNorm is used (`patch4`), CE's half-steps (0: no CE), SE's scales (none: no SE).
     Called with x (B, hidden, H, W), the state (h, c) of that shape each, a memory that is handed on as it is (only
-    PredRNN's cell, below, has one) and query points or None; returns the new state, the memory and a dict, empty without
-    points: "ce_input" (B, 2, hidden, H, W), X_t and X̂_t; "attention", see `SpatiotemporalExpression.attention`.
+    PredRNN's cell, below, has one) and query points or None; returns the new state, the memory and a dict, empty
+    without points: "ce_input" (B, 2, hidden, H, W), X_t and X̂_t; "attention", as SpatiotemporalExpression gives it.
     """
 
     states = 2                                                    # h, c
@@ -417,7 +417,8 @@ class SAConvLSTMCell(CMSLSTMCell):
     """CE, a ConvLSTM cell, SE, then the self-attention memory of SA-ConvLSTM (Lin et al. 2020) on SE's Ĥ_t.
 
     Arguments, call and returns as CMSLSTMCell's, but the state is (h, c, m): every layer has a memory M of its own,
-    which runs through time.
+    which runs through time. Without LayerNorm a fresh layer damps a change of its input far more than the other cells
+    do, gate upon gate at ½, SE's among them: there, use few layers.
     """
 
     states = 3                                                    # h, c, m
