@@ -510,10 +510,12 @@ def finish(model, config, clips, folder, iteration, validation, weights="last"):
     data.write_whole(folder / f"results{suffix}.json", (json.dumps(results, indent=1) + "\n").encode())
     picture = folder / f"forecast{suffix}.png"
     write_film_strip(model, config, clips, device, picture, iteration)
-    published = [row for row in model_file(config["model"]).PUBLISHED
+    # MS-LSTM's released code has PSNR and SSIM of its own; the table shows those that the papers of the set-up report.
+    own = {"psnr": "psnr_float", "ssim": "ssim_gaussian"} if config["setup"] == "fullres" else {}
+    published = [{own.get(k, k): v for k, v in row.items()} for row in model_file(config["model"]).PUBLISHED
                  if (row["variant"], row["setup"], row["data"]) == (config["variant"], config["setup"], clips.name)]
     print(f"\n{label_of(config, clips, iteration)}, {count} test sequences\n")
-    print(metrics.table(summaries, published))
+    print(metrics.table(summaries, published, [own.get(m, m) for m in ("mse", "mae", "psnr", "ssim")]))
     print(f"\npictures: {picture}\nresults:  {folder / f'results{suffix}.json'}")
 
 
@@ -679,30 +681,83 @@ def command_eval(args):
     finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"], weights)
 
 
+def command_predict(args):
+    """Forecast beyond the end of every film of a file; an array in the file's own units, and pictures."""
+    if not args.data:
+        raise UserError("--predict RUN needs --data X: a .npy file with the frames to go on from")
+    folder, _, config, model, device, checkpoint = trained(args, args.predict)
+    films = data.open_films(args.data, config["clips"])
+    horizon = args.horizon or config["horizon"]
+    path = next(p for n in range(1, sys.maxsize) if not (p := folder / f"predict-{Path(args.data).stem}-{n}.npy").exists())
+    forecasts = []
+    with torch.no_grad(), autocast(device, config["precision"]):
+        for start in tqdm(range(0, films.count, EVAL_BATCH), desc="forecast", disable=not sys.stderr.isatty()):
+            frames = films.frames(start, min(start + EVAL_BATCH, films.count), device)
+            forecasts.append(model(frames, horizon=horizon)[:, -horizon:].float().cpu())
+    forecast = torch.cat(forecasts)
+    array = films.as_file(forecast)
+    data.write_whole(path, lambda file: np.save(file, array))
+    known, future = films.frames(0, 1)[0], forecast[0].clamp(0, 1)
+    title = f"{config['model']} {config['variant']} {config['setup']}, {Path(args.data).name}, iteration {checkpoint['iteration']}"
+    data.write_whole(path.with_suffix(".png"), data.png_bytes(data.film_strip([("input", known), ("forecast", future)], title)))
+    print(f"{path}: {array.dtype} {array.shape}, {horizon} frames beyond the end of {films.count} film(s)\n"
+          f"{path.with_suffix('.png')}: the first of them")
+
+
+# What the papers count a sequence's cost on: channels (of TaxiBJ the inflow), side of a frame, frames.
+PAPER_FRAMES = {"moving_mnist": (1, 64, 20), "taxibj": (1, 32, 8), "kth": (1, 128, 20), "germany": (1, 180, 8)}
+
+
 def command_list(args):
-    setups = [args.setup] if args.setup else None
-    print(f"{'model':12} {'variant':20} {'set-up':8} {'parameters':>11} {'multiply-accumulates':>21}   what it is")
+    """Every model and variant with its cost; with --data, beside the figures that the papers print for that dataset."""
+    if args.data and args.data not in PAPER_FRAMES:
+        raise UserError(f"--list --data {args.data}: the papers count costs on {', '.join(PAPER_FRAMES)}")
+    if args.data:
+        return list_published(args.data, args.setup)
+    print(f"Costs of one sequence of 20 frames of 64×64, read and predicted\n\n"
+          f"{'model':12} {'variant':20} {'set-up':8} {'parameters':>10} {'MACs':>7}  what it is")
     for name in MODELS:
-        if not (Path(__file__).parent / f"{name}.py").exists():
-            continue
         module = model_file(name)
-        for setup in setups or [module.DEFAULT_SETUP]:
+        for setup in [args.setup or module.DEFAULT_SETUP]:
             for variant, meaning in module.VARIANTS.items():
-                parameters, macs = cost(module, setup, variant)
-                print(f"{name:12} {variant:20} {setup:8} {parameters:>11,} {macs / 1e9:>20.1f}G   {meaning}")
+                parameters, macs = cost(module, setup, variant, *PAPER_FRAMES["moving_mnist"])
+                print(f"{name:12} {variant:20} {setup:8} {parameters:>10,} {macs / 1e9:>6.1f}G  {meaning}")
 
 
-def cost(module, setup, variant, channels=1, size=64, frames=20):
-    """Parameters, and multiply-accumulates of one sequence's roll-out, counted by torch on the meta device."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = module.MODEL(channels=channels, size=size, setup=setup, variant=variant)
-        model(torch.empty(1, frames, channels, size, size))
+def list_published(dataset, setup):
+    """The papers' cost tables for a dataset, counted again."""
+    channels, side, frames = PAPER_FRAMES[dataset]
+    print(f"{dataset}: {frames} frames of {channels}×{side}×{side}; MACs are multiply-accumulates of one sequence\n\n"
+          f"{'':32} {'parameters':>19}   {'MACs':>17}\n"
+          f"{'model':12} {'variant':10} {'set-up':8} {'counted':>10} {'printed':>8}   {'counted':>8} {'printed':>8}   printed in")
+    for name in MODELS:
+        module = model_file(name)
+        for row in module.PUBLISHED:
+            if row["data"] != dataset or setup not in (None, row["setup"]) or not {"params", "macs"} & {*row}:
+                continue
+            parameters, macs = cost(module, row["setup"], row["variant"], channels, side, frames)
+            print(f"{name:12} {row['variant']:10} {row['setup']:8} {parameters:>10,} {row.get('params', '–'):>8}   "
+                  f"{as_printed(macs, row.get('macs', '1.0G')):>8} {row.get('macs', '–'):>8}   {row['source']}"
+                  + (f"  ≠ {row['note']}" if "note" in row else ""))
+
+
+def as_printed(value, like):
+    """A count as a paper would print it: as_printed(444_001, "0.9M") is "0.4M"."""
+    decimals = len(like[:-1].partition(".")[2])
+    return f"{value / dict(M=1e6, G=1e9)[like[-1]]:.{decimals}f}{like[-1]}"
+
+
+def cost(module, setup, variant, channels, side, frames):
+    """Parameters, and multiply-accumulates of one sequence as in training, counted by torch without computing anything."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = module.MODEL(channels=channels, size=side, setup=setup, variant=variant)
+        model(torch.empty(1, frames, channels, side, side), extras="loss")
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2
 
 
-COMMANDS = {"list": command_list, "eval": command_eval, "resume": command_resume}
+COMMANDS = {"list": command_list, "eval": command_eval, "resume": command_resume, "predict": command_predict}
 # What may be given beside a command; a training run takes every option.
-TAKES = {"list": {"setup"}, "eval": {"device", "data_dir", "eval_sequences"},
+TAKES = {"list": {"setup", "data"}, "eval": {"device", "data_dir", "eval_sequences"}, "predict": {"data", "horizon", "device"},
          "resume": {"device", "data_dir", "iterations", "eval_every", "eval_sequences", "save_every"}}
 
 
@@ -732,9 +787,10 @@ def parse(argv):
     p = Parser(prog="train.py", allow_abbrev=False, description="Train, evaluate and use ConvRNNs for next-frame prediction.")
     p.add_argument("model", nargs="?", metavar="MODEL", help=", ".join(MODELS))
     p.add_argument("--quick", action="store_true", default=None, help="a two-minute demonstration on moving_digits, on any machine")
-    p.add_argument("--list", action="store_true", default=None, help="every model and variant with its cost")
+    p.add_argument("--list", action="store_true", default=None, help="every model and variant with its cost; with --data, the papers' cost tables")
     p.add_argument("--eval", metavar="RUN", help="evaluate a run again; RUN: its folder or a checkpoint")
     p.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, from exactly where it stood")
+    p.add_argument("--predict", metavar="RUN", help="forecast beyond the end of --data X, a .npy of yours; writes .npy and a picture")
     p.add_argument("--variant", help="an ablation of the model's paper (full)")
     p.add_argument("--setup", choices=("patch4", "fullres"), help="the set-up to train under (the model's own paper's)")
     p.add_argument("--data", metavar="NAME|PATH", help="a dataset by name or a .npy or .npz of yours (moving_mnist)")

@@ -10,9 +10,9 @@ from test_contract import CASES, NAMES
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from train import PAPER_FRAMES, as_printed
+
 MODULES = {name: importlib.import_module(name) for name in NAMES}
-# The side of a frame and the frames of a sequence: ten and ten, or four and four; one channel (of TaxiBJ, the inflow).
-DATA = dict(moving_mnist=(64, 20), taxibj=(32, 8), kth=(128, 20), germany=(180, 8))
 ROWS = [pytest.param(name, row, id="-".join((name, row["variant"], row["setup"], row["data"])))
         for name in NAMES for row in MODULES[name].PUBLISHED if "params" in row or "macs" in row]
 MS_LSTM = [row for row in MODULES["ms_lstm"].PUBLISHED if "macs" in row]
@@ -33,7 +33,7 @@ def count(name, row, size=None, upsampling=0):
     def bilinear(*shapes, out_shape, **_):
         return 2 * upsampling * math.prod(out_shape)              # the counter counts 2 a multiply-accumulate
 
-    side, frames = DATA[row["data"]]
+    _, side, frames = PAPER_FRAMES[row["data"]]
     size = size or side
     model = built(name, row, size)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.upsample_bilinear2d: bilinear}) as counter:
@@ -42,18 +42,12 @@ def count(name, row, size=None, upsampling=0):
     return count_parameters(model), {str(op): n / 2 for op, n in counter.get_flop_counts()["Global"].items()}
 
 
-def printed(value, like):
-    """A count as the paper would print it: printed(444_001, like="0.9M") is "0.4M"."""
-    decimals = len(like[:-1].partition(".")[2])
-    return f"{value / dict(M=1e6, G=1e9)[like[-1]]:.{decimals}f}{like[-1]}"
-
-
 @pytest.mark.parametrize("name, row", ROWS)
 def test_published_cost(name, row):
     """Every figure comes out to the printed digit; where one does not, the row's note says what does."""
     parameters, macs = count(name, row)
     counted = dict(params=parameters, macs=sum(macs.values()))
-    counted = {key: printed(counted[key], like=row[key]) for key in counted if key in row}
+    counted = {key: as_printed(counted[key], like=row[key]) for key in counted if key in row}
     wrong = {key: figure for key, figure in counted.items() if figure != row[key]}
     assert bool(wrong) == ("note" in row), wrong
     assert all(figure in row["note"] for figure in wrong.values()), wrong
@@ -67,13 +61,13 @@ def test_ms_lstm_with_its_up_sampling(row):
     Germany.
     """
     macs = sum(count("ms_lstm", row, upsampling=11)[1].values())
-    assert (printed(macs, row["macs"]) == row["macs"]) == (row["data"] != "germany")
+    assert (as_printed(macs, row["macs"]) == row["macs"]) == (row["data"] != "germany")
 
 
 def test_table_7_is_the_cost_of_212_pixels():
     row, = (row for row in MS_LSTM if row["data"] == "germany")
-    assert printed(sum(count("ms_lstm", row)[1].values()), "260.6G") == "187.8G"
-    assert printed(sum(count("ms_lstm", row, size=212, upsampling=11)[1].values()), "260.6G") == row["macs"] == "260.6G"
+    assert as_printed(sum(count("ms_lstm", row)[1].values()), "260.6G") == "187.8G"
+    assert as_printed(sum(count("ms_lstm", row, size=212, upsampling=11)[1].values()), "260.6G") == row["macs"] == "260.6G"
 
 
 @pytest.mark.parametrize("row", CMS_LSTM, ids=lambda row: row["data"])
@@ -85,7 +79,7 @@ def test_table_4_leaves_out_the_products_of_cms_lstm(row):
     macs = count("cms_lstm", row)[1]
     convolutions = sum(n for op, n in macs.items() if "convolution" in op)
     scores = 6 * 7 * sum(s * s * (2 * 32 * 32 // s**2) ** 2 for s in (1, 2, 4))
-    assert printed(convolutions, "11.5G") == "10.8G" and printed(convolutions + 3 * scores, "11.5G") == row["macs"]
+    assert as_printed(convolutions, "11.5G") == "10.8G" and as_printed(convolutions + 3 * scores, "11.5G") == row["macs"]
     assert sum(macs.values()) - convolutions == 2 * 32 * scores   # Qᵀ K and its product with V
 
 

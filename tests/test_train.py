@@ -372,6 +372,41 @@ def test_list(capsys):
     assert re.search(r"convlstm +full +fullres +444,001 +34.4G", capsys.readouterr().out)
 
 
+def test_list_beside_the_papers(capsys):
+    assert run("--list", "--data", "taxibj", "--setup", "fullres") == 0
+    assert re.search(r"convlstm +full +fullres +444,001 +0.4M +3.2G +3.2G", capsys.readouterr().out)
+    assert "moving_mnist, taxibj, kth, germany" in refused(capsys, "--list", "--data", "typhoon")
+
+
+@pytest.mark.parametrize("shape", [(9, 64, 64), (9, 1, 64, 64), (2, 9, 1, 64, 64)])
+def test_predict(shape, capsys):
+    assert run(*TINY, "--name", "a", "--iterations", 1) == 0
+    films = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.save("mine.npy", films)
+    assert run("--predict", "runs/a", "--data", "mine.npy", "--horizon", 4) == 0
+    assert run("--predict", "runs/a", "--data", "mine.npy") == 0                # nothing is overwritten
+    four, three = np.load("runs/a/predict-mine-1.npy"), np.load("runs/a/predict-mine-2.npy")
+    assert four.dtype == np.uint8 and four.shape == {3: (4, 64, 64), 4: (4, 1, 64, 64), 5: (2, 4, 1, 64, 64)}[len(shape)]
+    assert Path("runs/a/predict-mine-1.png").read_bytes().startswith(b"\x89PNG")
+    model = convlstm.ConvLSTM(hidden=4, layers=2, kernel=3)
+    model.load_state_dict(torch.load("runs/a/last.pt", weights_only=True)["model"])
+    last = torch.from_numpy(films.reshape(-1, 9, 1, 64, 64)[:, -3:] / np.float32(255))
+    with torch.no_grad():
+        expected = model(last, horizon=4)[:, -4:].clamp(0, 1).numpy()
+    np.testing.assert_allclose(four.reshape(expected.shape), expected * 255, atol=0.501)
+    np.testing.assert_array_equal(three.reshape(-1, 3, 64, 64), four.reshape(-1, 4, 64, 64)[:, :3])
+
+
+def test_predict_refuses(capsys):
+    assert run(*TINY, "--name", "a", "--iterations", 1) == 0
+    np.save("small.npy", np.zeros((9, 32, 32), np.uint8))
+    np.save("short.npy", np.zeros((2, 64, 64), np.uint8))
+    assert "--data X" in refused(capsys, "--predict", "runs/a")
+    for file in ("small.npy", "short.npy", "none.npy"):
+        assert file in refused(capsys, "--predict", "runs/a", "--data", file)
+    assert not list(Path("runs/a").glob("predict*"))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_run_on_cuda(capsys):
     arguments = [a if a != "cpu" else "cuda" for a in TINY]

@@ -1,0 +1,104 @@
+"""Data-parallel training with torchrun, on the CPU: the same run on any number of processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+SETTINGS = ("convlstm --data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 8 --frames-in 3 --horizon 3 "
+            "--iterations 20 --eval-every 10 --save-every 7 --eval-sequences 5").split()
+
+
+def start(processes, *arguments, **options):
+    with socket.socket() as s:                                    # a free port, so that tests can run beside each other
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
+
+
+def finish(process, status=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err
+    return out, err
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def compare(a, b):
+    a, b = ((torch.load(Path(f) / "last.pt", weights_only=True), json.loads((Path(f) / "results.json").read_text()),
+             (Path(f) / "log.csv").read_text()) for f in (a, b))
+    assert a[0]["iteration"] == b[0]["iteration"]
+    for x, y in zip(a[0]["model"].values(), b[0]["model"].values()):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+    for name in ("forecast", "all_predictions", "repeat_last", "black"):
+        for metric in ("mse", "mae", "psnr", "ssim"):
+            np.testing.assert_allclose(a[1][name][metric]["frames"], b[1][name][metric]["frames"], rtol=1e-3)
+    for x, y in zip(*(np.loadtxt(log.splitlines()[1:], delimiter=",") for log in (a[2], b[2]))):
+        np.testing.assert_allclose(x[:4], y[:4], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_any_number_of_processes(tmp_path):
+    """Eight sequences over 1, 2 and 3 processes: the same weights, log and results; checkpoints move between counts."""
+    for n in (1, 2, 3):
+        finish(start(n, *SETTINGS, "--name", f"on{n}", cwd=tmp_path))
+        assert {f.name for f in (tmp_path / f"runs/on{n}").iterdir()} == {
+            "config.json", "log.csv", "last.pt", "best.pt", "results.json", "forecast.png"}
+    compare(tmp_path / "runs/on1", tmp_path / "runs/on2")
+    compare(tmp_path / "runs/on1", tmp_path / "runs/on3")
+    for n in (1, 3):
+        finish(start(n, "--resume", "runs/on2", "--iterations", 20 + n, cwd=tmp_path))
+        finish(start(1, "--resume", "runs/on1", "--iterations", 20 + n, cwd=tmp_path))
+        compare(tmp_path / "runs/on1", tmp_path / "runs/on2")
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_them_all(tmp_path):
+    """Within thirty seconds, with the last checkpoint whole and nothing of ours in the way."""
+    process = start(2, *SETTINGS, "--iterations", 100000, "--eval-every", 100000, "--save-every", 5, "--name", "a", cwd=tmp_path)
+    last = tmp_path / "runs/a/last.pt"
+    wait = time.monotonic() + 120
+    while not (last.exists() and torch.load(last, weights_only=True)["iteration"] >= 5) and time.monotonic() < wait:
+        time.sleep(0.2)
+    workers = children(process.pid)
+    os.kill(workers[-1], signal.SIGKILL)
+    begun = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 30 and process.returncode != 0
+    assert not any(Path(f"/proc/{w}").exists() for w in workers)
+    assert 'File "' + str(ROOT) not in err, err                   # torchrun reports in its own way; no traceback of ours
+    assert torch.load(last, weights_only=True)["iteration"] % 5 == 0
+    finish(start(1, "--resume", "runs/a", "--iterations", torch.load(last, weights_only=True)["iteration"] + 1, cwd=tmp_path))
+
+
+@pytest.mark.slow
+def test_interrupting_one_stops_all(tmp_path):
+    process = start(2, *SETTINGS, "--iterations", 100000, "--eval-every", 100000, "--name", "a", cwd=tmp_path)
+    last = tmp_path / "runs/a/last.pt"
+    wait = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < wait:
+        time.sleep(0.2)
+    os.kill(children(process.pid)[0], signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "--resume runs/a" in err and 'File "' + str(ROOT) not in err, err
+    torch.load(last, weights_only=True)
+
+
+@pytest.mark.slow
+def test_more_processes_than_sequences(tmp_path):
+    _, err = finish(start(2, *SETTINGS, "--batch", 1, cwd=tmp_path), status=1)
+    assert "--batch 1 over 2 processes" in err and 'File "' + str(ROOT) not in err
+    assert not (tmp_path / "runs").exists()
