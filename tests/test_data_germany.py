@@ -1,0 +1,293 @@
+"""Germany: the real RADOLAN composites against values worked out by hand, archives, RYDL.hdf5, windows, bad files."""
+
+import datetime
+import gzip
+import io
+import os
+import random
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from convlstm import ConvLSTM
+
+RY, RW = "raa01-ry_10000-1408102050-dwd---bin.gz", "raa01-rw_10000-1408030950-dwd---bin.gz"
+
+
+def composite(time, value, **header):
+    """A RADOLAN composite of one value in 0.01 mm, or of 900 rows of raw numbers from the south."""
+    fields = {"product": "RY", "PR": "E-02", "INT": "   5", "GP": " 900x 900", **header}
+    text = f"{fields['product']}{time:%d%H%M}10000{time:%m%y}BY1620134VS 3SW   2.13.1PR {fields['PR']}"
+    text += f"INT{fields['INT']}GP{fields['GP']}MS 62<boo,ros,emd,hnr,umd,pro,ess,asd,neu,nhb,oft,tur,isn,fbg,mem> "
+    return text.encode() + b"\x03" + np.broadcast_to(np.asarray(value, "<u2"), (900, 900)).tobytes()
+
+
+def name(time):
+    return f"raa01-ry_10000-{time:%y%m%d%H%M}-dwd---bin"
+
+
+def later(time, minutes):
+    return time + datetime.timedelta(minutes=minutes)
+
+
+OLD, NEW = datetime.datetime(2014, 6, 1, 0, 10), datetime.datetime(2015, 6, 1, 0, 10)
+
+
+def write_tar(path, times, shuffled=False):
+    times = list(times)
+    if shuffled:
+        random.Random(0).shuffle(times)
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for number, time in enumerate(times):
+            content = composite(time, time.hour * 60 + time.minute)
+            packed = number % 2
+            content = gzip.compress(content, 1) if packed else content
+            entry = tarfile.TarInfo(f"./2014/{name(time)}{'.gz' if packed else ''}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "germany"
+    folder.mkdir()
+    return folder
+
+
+def opened(folder, **options):
+    return data.open_data("germany", folder.parent, **{"frames_in": 2, "horizon": 2, **options})
+
+
+# ---------------------------------------------------------------------------------------------------------- composites
+
+def read(path):
+    (time, values), = data._composites([path])
+    return time, values()
+
+
+def test_the_real_composite_holds_what_was_worked_out_by_hand(real_radolan):
+    time, values = read(real_radolan / RY)
+    assert datetime.datetime(1970, 1, 1) + datetime.timedelta(minutes=time) == datetime.datetime(2014, 8, 10, 20, 50)
+    assert np.isnan(values).sum() == 202_093 and (values > 0).sum() == 129_382
+    assert np.nansum(values.astype(np.float64)) == pytest.approx(44_919.78, abs=0.01)
+    assert values[899 - 62, 288] == np.nanmax(values) == np.float32(10.79)      # the file's row 62 from the south
+    rain = data._mm_per_hour(values)
+    assert rain[179 - 12, 57] == pytest.approx(9883 * 0.01 * 12 / 25)      # the 25 values of that block add up to 98.83
+    with gzip.open(real_radolan / RY) as file:
+        raw = struct.unpack("<810000H", file.read().partition(b"\x03")[2])
+    for row, column in ((0, 0), (3, 100), (90, 90), (100, 31), (179, 179), (60, 10)):
+        block = [raw[(5 * (179 - row) + y) * 900 + 5 * column + x] for y in range(5) for x in range(5)]
+        known = [level * 0.12 for level in block if level != 0x29C4]
+        assert np.isnan(rain[row, column]) if not known else rain[row, column] == pytest.approx(sum(known) / len(known))
+
+
+def test_flags(tmp_path):
+    raw = np.zeros((900, 900), np.uint16)
+    raw[0, :6] = [123, 0x1000 | 123, 0x2000 | 123, 0x4000 | 123, 0x8000 | 123, 4095]
+    (tmp_path / name(OLD)).write_bytes(composite(OLD, raw))
+    _, values = read(tmp_path / name(OLD))
+    assert np.allclose(values[899, :6], [1.23, 1.23, np.nan, -1.23, 0, 40.95], equal_nan=True)
+    assert np.isnan(values).sum() == 1
+
+
+def test_another_product_is_refused_by_name(real_radolan, folder):
+    content = gzip.decompress((real_radolan / RW).read_bytes())
+    (folder / RW).write_bytes((real_radolan / RW).read_bytes())
+    refused(folder, f"{RW} is not a 5-minute RY composite of 900 x 900 in 0.01 mm, but RW, E-01, 60 minutes")
+    (folder / RW).unlink()
+    path = folder / name(OLD)
+    for header, text in (({"INT": "  60"}, "60 minutes"), ({"GP": "1100x 900"}, "1100 x 900"), ({"PR": "E-01"}, "E-01"),
+                         ({"product": "YW"}, "YW")):
+        path.write_bytes(composite(OLD, 0, **header))
+        refused(folder, text)
+    assert content[:2] == b"RW"
+
+
+def refused(folder, *texts, **options):
+    before = sorted(os.listdir(folder))
+    with pytest.raises(data.DataError) as error:
+        opened(folder, **options)
+    assert all(text in str(error.value) for text in texts) and "\n" not in str(error.value), str(error.value)
+    assert sorted(os.listdir(folder)) == before                                          # nothing is left behind
+    return str(error.value)
+
+
+def test_fuzzed_headers_are_refused_by_name(tmp_path):
+    whole = composite(OLD, 7)
+    end = whole.index(b"\x03") + 1
+    numbers = random.Random(0)
+    path = tmp_path / name(OLD)
+    accepted = 0
+    for _ in range(400):
+        head = bytearray(whole[:end])
+        for _ in range(numbers.choice((1, 2, 8))):
+            kind, at = numbers.randrange(3), numbers.randrange(len(head))
+            if kind == 0:
+                head[at] = numbers.randrange(256)
+            elif kind == 1:
+                del head[at]
+            else:
+                head.insert(at, numbers.randrange(256))
+        path.write_bytes(bytes(head) + whole[end:])
+        try:
+            time, values = read(path)
+            assert values.shape == (900, 900) and (values == np.float32(0.07)).all() and isinstance(time, int)
+            accepted += 1
+        except data.DataError as error:
+            assert name(OLD) in str(error) and "\n" not in str(error) and len(str(error)) < 400
+    assert 50 < accepted < 350                                  # what the header says beside those fields is not read
+
+
+@pytest.mark.parametrize("content", [b"", b"RY", b"\x03", composite(OLD, 1)[:-1], composite(OLD, 1) + b"x",
+                                     b"RY" * 900_000])
+def test_damaged_composites_are_refused_by_name(folder, content):
+    (folder / name(OLD)).write_bytes(content)
+    refused(folder, name(OLD))
+    (folder / name(OLD)).unlink()
+    (folder / f"{name(OLD)}.gz").write_bytes(gzip.compress(content))
+    refused(folder, name(OLD))
+    (folder / f"{name(OLD)}.gz").write_bytes(gzip.compress(composite(OLD, 1))[:-900])
+    refused(folder, name(OLD))
+
+
+def test_a_truncated_archive_is_refused_and_leaves_nothing(folder):
+    path = folder / "RY2014.tar.gz"
+    write_tar(path, [later(OLD, 30 * k) for k in range(4)])
+    whole = path.read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 20):
+        path.write_bytes(whole[:size])
+        refused(folder, "RY2014.tar.gz")
+
+
+# -------------------------------------------------------------------------------------------------------------- windows
+
+def write_years(folder, shuffled=False):
+    """2014: 24 half hours and the composites between the first ones, the one at 7 missing. 2015: 12 half hours."""
+    old = [later(OLD, 30 * k) for k in range(24) if k != 7] + [later(OLD, 5 * k) for k in range(1, 12) if k != 6]
+    write_tar(folder / "RY2014.tar.gz", sorted(old), shuffled)
+    for k in range(12):
+        time = later(NEW, 30 * k)
+        (folder / f"{name(time)}.gz").write_bytes(gzip.compress(composite(time, time.hour * 60 + time.minute), 1))
+
+
+def rates(clips, frames):
+    """The half hour of the day of each frame, from the rates in mm/h of `write_tar`."""
+    rain = clips.to_units(frames)[:, :, 0]
+    assert torch.allclose(rain, rain[..., :1, :1].expand_as(rain))
+    return ((rain[:, :, 0, 0] / 0.12).round().long() - 10) / 30
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_windows_years_and_missing_composites(folder, shuffled):
+    write_years(folder, shuffled)
+    clips = opened(folder)
+    assert (clips.name, clips.channels, clips.size, clips.unit) == ("germany", 1, (180, 180), "mm/h")
+    train = sorted(rates(clips, clips.train(0, 0, clips.train_count)).tolist())
+    # every fourth half hour; the window at 4 touches the missing one at 7; the last is for validation
+    assert train == [[k, k + 1, k + 2, k + 3] for k in (0, 8, 12, 16)]
+    assert rates(clips, clips.valid(0, 9)).tolist() == [[20, 21, 22, 23]]
+    assert rates(clips, clips.test(0, 9)).tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    assert "1 in training, 0 in the test" in " ".join(clips.info()["notes"]) and clips.test_count == 2
+    assert clips.test_mask(0, 2).all() and clips.test_mask(0, 2).shape == clips.test(0, 2).shape
+    default = data.open_data("germany", folder.parent, setup="fullres", frames_in=4, horizon=4)
+    assert default.test_count == 1 and default.frames_in == default.horizon == 4
+
+
+def test_no_data_is_black_and_left_out_of_the_scores(folder):
+    raw = np.full((900, 900), 100, np.uint16)
+    raw[:5, 5:10] = 0x29C4                                      # the second block of the southernmost row
+    raw[:3, :5] = 0x29C4                                        # part of the first: the mean of the rest
+    for start, count in ((OLD, 12), (NEW, 4)):
+        for k in range(count):
+            (folder / name(later(start, 30 * k))).write_bytes(composite(later(start, 30 * k), raw))
+    clips = opened(folder)
+    mask, frames = clips.test_mask(0, 1), clips.test(0, 1)
+    assert mask.dtype == torch.bool and (~mask).sum() == 4 and not mask[:, :, :, 179, 1].any()
+    assert (frames[~mask] == 0).all() and torch.allclose(clips.to_units(frames[mask]), torch.tensor(12.0))
+
+
+def test_pixels_and_rates(folder):
+    scale = data.RainScale()
+    rain = np.array([0, 0.01, 0.5, 2, 5, 30, 1000, np.nan])
+    pixels = scale.to_network(rain)
+    assert pixels[0] == pixels[-1] == 0 and pixels.dtype == np.float32
+    by_hand = [(10 * np.log10(256 * r**1.42) + 10) / 70 for r in (0.01, 0.5, 2, 5, 30)]
+    assert np.allclose(pixels[1:6], by_hand) and pixels[6] == 1
+    assert np.allclose(scale.to_units(torch.from_numpy(pixels[:6])), rain[:6], rtol=1e-4)
+    assert isinstance(data.scale_of({"scale": scale.note()}), data.RainScale)
+
+
+def test_parts_without_a_window_are_refused(folder):
+    refused(folder, "opendata.dwd.de")
+    for k in range(12):
+        (folder / name(later(OLD, 30 * k))).write_bytes(composite(later(OLD, 30 * k), 1))
+    with pytest.raises(data.DataError, match="for test: 2006-2014"):
+        opened(folder)
+    for path in folder.iterdir():
+        path.unlink()
+    with tarfile.open(folder / "empty.tar.gz", "w:gz"):
+        pass
+    refused(folder, "empty.tar.gz holds no composite")
+
+
+def test_it_is_unpacked_once_again_if_a_file_joins_and_the_files_may_go(folder):
+    write_years(folder)
+    clips = opened(folder)
+    array, = folder.glob("frames-*.npy")
+    stamp = array.stat().st_mtime_ns
+    (folder / ".frames-0.npy.x.tmp").write_bytes(b"of a killed process")
+    assert opened(folder).test_count == 2 and array.stat().st_mtime_ns == stamp
+    for k in range(12, 20):
+        (folder / name(later(NEW, 30 * k))).write_bytes(composite(later(NEW, 30 * k), 1))
+    assert opened(folder).test_count == 3
+    assert not array.exists() and len(list(folder.glob("frames-*"))) == 2 and not list(folder.glob(".*"))
+    for path in [*folder.glob("raa01*"), *folder.glob("RY*")]:
+        path.unlink()
+    assert opened(folder).test(0, 2).equal(clips.test(0, 2))
+
+
+def test_a_step_trains(folder):
+    write_years(folder)
+    frames = opened(folder).train(0, 0, 2)
+    model = ConvLSTM(channels=1, size=180, hidden=4, layers=1, setup="fullres")
+    before = [weight.clone() for weight in model.parameters()]
+    ((model(frames) - frames[:, 1:]) ** 2).sum().backward()
+    torch.optim.Adam(model.parameters()).step()
+    assert any(not weight.equal(old) for weight, old in zip(model.parameters(), before))
+
+
+# ----------------------------------------------------------------------------------------------------------------- RYDL
+
+def test_rydl(folder):
+    h5py = pytest.importorskip("h5py", reason="RYDL.hdf5 needs h5py")
+    path = folder / "RYDL.hdf5"
+    with h5py.File(path, "w") as file:
+        for start, count in ((OLD, 13), (NEW, 4)):
+            for k in range(count):
+                rain = np.full((900, 900), 0.01 * k, np.float32)
+                rain[:5, :5], rain[:5, 5:10] = np.nan, -1
+                file.create_dataset(f"{later(start, 30 * k):%Y%m%d%H%M}", data=rain, chunks=(900, 900), compression=1)
+        file.create_dataset(f"{later(OLD, 5):%Y%m%d%H%M}", data=np.full((900, 900), 9, np.float32))
+    clips = opened(folder)
+    assert torch.allclose(clips.to_units(clips.test(0, 1))[0, :, 0, 0, 0], 0.12 * torch.arange(4.0), rtol=1e-4)
+    assert (~clips.test_mask(0, 1)).sum() == 4 * 2 and not clips.test_mask(0, 1)[:, :, :, 179, :2].any()
+    whole = path.read_bytes()
+    for old in folder.glob("frames-*"):
+        old.unlink()
+    for content, text in ((b"", "cannot be read"), (whole[:len(whole) // 2], "cannot be read")):
+        path.write_bytes(content)
+        refused(folder, "RYDL.hdf5", text)
+    for keys, text in (({"a": 1}, "no key such as 201406010000"), ({"201406010000": np.zeros((9, 9))}, "900 x 900"),
+                       ({"201406010000": np.zeros((900, 900), int)}, "floats"),
+                       ({"201499010000": np.zeros((900, 900))}, "read")):
+        with h5py.File(path, "w") as file:
+            for key, value in keys.items():
+                file[key] = value
+        refused(folder, "RYDL.hdf5", text)
+    with h5py.File(path, "w") as file:
+        file.create_group("201406010000")
+    refused(folder, "RYDL.hdf5")

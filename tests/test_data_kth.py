@@ -1,0 +1,162 @@
+"""KTH from small films made by the real ffmpeg, and 00sequences.txt."""
+
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from convlstm import ConvLSTM
+
+pytestmark = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="KTH's films are read through ffmpeg")
+
+SEQUENCES = """The video files of the KTH action database; frame ranges are given below.
+
+person01_boxing_d1\t\tframes\t1-25, 26-60
+person02_walking_d1\t\tframes\t3-40, 41-60
+person02_running_d2\t\tframes\t1-30
+person13_handclapping_d3\t*missing*
+person16_jogging_d4\t\tframes\t1-30
+person16_boxing_d4\t\tframes\t1-20
+person17_walking_d2\t\tframes\t1-45, 46-60
+person25_running_d1\t\tframes\t1-33
+person25_boxing_d3\t\tframes\t1-60
+"""
+
+
+def write_film(path, count):
+    """A film of 160×120 whose frame k is a grey of 4·k."""
+    path.parent.mkdir(exist_ok=True)
+    frames = np.broadcast_to((4 * np.arange(count, dtype=np.uint8))[:, None, None], (count, 120, 160))
+    subprocess.run(["ffmpeg", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "gray", "-s", "160x120", "-r", "25",
+                    "-i", "-", "-c:v", "mpeg4", "-q:v", "1", str(path)], input=frames.tobytes(), check=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("films") / "kth"
+    folder.mkdir()
+    (folder / "00sequences.txt").write_text(SEQUENCES)
+    for line in SEQUENCES.splitlines():
+        if "frames\t" in line:
+            name = line.split()[0]
+            count = max(int(number.split("-")[1]) for number in line.split("frames")[1].split(","))
+            write_film(folder / name.split("_")[1] / f"{name}_uncomp.avi", count)
+    return folder
+
+
+@pytest.fixture
+def folder(films, tmp_path):
+    return shutil.copytree(films, tmp_path / "kth")
+
+
+def numbers(frames):
+    """The numbers of the frames in their films, from the greys of `write_film`."""
+    grey = frames.mean((2, 3, 4)) * 255
+    assert (frames * 255 - grey[:, :, None, None, None]).abs().max() < 2
+    return (grey / 4).round().long().tolist()
+
+
+def firsts(clips, part):
+    count = getattr(clips, f"{part}_count")
+    rows = numbers(clips.train(0, 0, count) if part == "train" else getattr(clips, part)(0, count))
+    assert all(row == list(range(row[0], row[0] + len(row))) for row in rows)
+    return sorted(row[0] for row in rows), {len(row) for row in rows}
+
+
+def test_people_ranges_and_strides(folder):
+    clips = data.open_data("kth", folder.parent)
+    assert (clips.channels, clips.size) == (1, (128, 128))
+    assert (clips.frames_in, clips.horizon, clips.test_horizon) == (10, 10, 20)
+    # boxing 1-25: 0; 26-60: 25, 35; walking 3-40: 2, 12; 41-60: 40; running 1-30, every 3: 0, 3, 6, 9
+    assert firsts(clips, "train") == (sorted([0, 25, 35, 2, 12, 40, 0, 3, 6, 9]), {20})
+    assert firsts(clips, "valid") == ([0, 0, 10], {20})                    # person 16: boxing, jogging
+    # 30 frames: walking 1-45: 0, 10; running 1-33: 0, 3; boxing: 0, 10, 20, 30
+    assert firsts(clips, "test") == (sorted([0, 10, 0, 3, 0, 10, 20, 30]), {30})
+    assert "8 of the dataset's 599 files" in clips.info()["notes"][0]
+
+
+def test_fullres_takes_three_actions_and_ten_frames(folder):
+    clips = data.open_data("kth", folder.parent, "fullres")
+    assert clips.test_horizon == 10 and firsts(clips, "train") == (sorted([2, 12, 40, 0, 3, 6, 9]), {20})
+    assert firsts(clips, "valid") == ([0, 10], {20})
+    assert firsts(clips, "test") == (sorted([0, 10, 20, 0, 3, 6, 9, 12]), {20}) and "boxing" not in clips.test_set
+    assert data.open_data("kth", folder.parent, horizon=5).test(0, 1).shape == (1, 15, 1, 128, 128)
+
+
+def test_it_is_unpacked_once_and_the_films_may_go(folder):
+    first = data.open_data("kth", folder.parent).test(0, 2)
+    array, = folder.glob("frames-*.npy")
+    stamp = array.stat().st_mtime_ns
+    for action in data.KTH_ACTIONS:
+        shutil.rmtree(folder / action, ignore_errors=True)
+    assert data.open_data("kth", folder.parent).test(0, 2).equal(first) and array.stat().st_mtime_ns == stamp
+
+
+def test_films_that_cannot_be_read_are_skipped_named_and_counted(folder):
+    whole = (folder / "boxing" / "person01_boxing_d1_uncomp.avi").read_bytes()
+    for name, content in (("person03_boxing_d1_uncomp.avi", b""), ("person04_boxing_d1_uncomp.avi", b"RIFF...."),
+                          ("person05_boxing_d1_uncomp.avi", whole[:2000]), ("unnamed.avi", whole),
+                          ("person06_boxing_d1_uncomp.avi", whole)):
+        (folder / "boxing" / name).write_bytes(content)
+    write_film(folder / "walking" / "person02_walking_d1_uncomp.avi", 45)
+    notes = data.open_data("kth", folder.parent).info()["notes"]
+    assert notes[1].startswith("KTH: 5 files skipped: ")
+    for name in ("person03_boxing_d1_uncomp", "person04_boxing_d1_uncomp", "person05_boxing_d1_uncomp", "unnamed.avi",
+                 "person06_boxing_d1 (not in 00sequences.txt)"):
+        assert name in notes[1]
+    assert notes[2] == "KTH: 1 files shorter than their ranges: person02_walking_d1 (45 of 60 frames)"
+
+
+def refused(folder, text):
+    before = sorted(os.listdir(folder))
+    with pytest.raises(data.DataError) as error:
+        data.open_data("kth", folder.parent)
+    assert text in str(error.value) and "\n" not in str(error.value), str(error.value)
+    assert sorted(os.listdir(folder)) == before                            # nothing is left behind
+
+
+def test_a_film_without_frames(folder):
+    for action in data.KTH_ACTIONS:
+        shutil.rmtree(folder / action, ignore_errors=True)
+    refused(folder, "www.csc.kth.se")
+    path = folder / "boxing" / "person01_boxing_d1_uncomp.avi"
+    path.parent.mkdir()
+    subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "color=s=160x120:d=1", "-frames:v", "0", "-c:v",
+                    "mpeg4", str(path)], check=False)
+    assert path.read_bytes()[:4] == b"RIFF"
+    refused(folder, "ffmpeg reads none of the 1 .avi files, such as person01_boxing_d1_uncomp.avi")
+
+
+def test_what_is_missing_is_named(folder, monkeypatch):
+    (folder / "00sequences.txt").write_text("nothing")
+    with pytest.raises(data.DataError, match="00sequences.txt has no line"):
+        data.open_data("kth", folder.parent)
+    (folder / "00sequences.txt").unlink()
+    with pytest.raises(data.DataError, match="00sequences.txt is missing"):
+        data.open_data("kth", folder.parent)
+    for old in folder.glob("frames-*"):
+        old.unlink()
+    monkeypatch.setenv("PATH", "")
+    refused(folder, "ffmpeg, which is not installed")
+
+
+def test_parts_without_a_window_are_refused(folder):
+    shutil.rmtree(folder / "walking")
+    shutil.rmtree(folder / "running")
+    (folder / "boxing" / "person25_boxing_d3_uncomp.avi").unlink()
+    with pytest.raises(data.DataError, match="for test"):
+        data.open_data("kth", folder.parent)
+
+
+def test_a_step_trains(folder):
+    frames = data.open_data("kth", folder.parent, frames_in=2, horizon=2).train(0, 0, 2)
+    model = ConvLSTM(channels=1, size=128, hidden=4, layers=1)
+    before = [weight.clone() for weight in model.parameters()]
+    ((model(frames) - frames[:, 1:]) ** 2).sum().backward()
+    torch.optim.Adam(model.parameters()).step()
+    assert any(not weight.equal(old) for weight, old in zip(model.parameters(), before))

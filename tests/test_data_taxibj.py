@@ -1,0 +1,188 @@
+"""TaxiBJ from files in the true formats: HDF5 with days missing, and dataset.npz."""
+
+import datetime
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from convlstm import ConvLSTM
+
+h5py = pytest.importorskip("h5py", reason="TaxiBJ's files are HDF5, which needs h5py")
+
+
+def day(year, month, number):
+    return datetime.date(year, month, 1) + datetime.timedelta(number)
+
+
+def write_year(path, days, first):
+    """One file: slot k of all its slots has inflow `first` + k and outflow minus that, in every cell."""
+    dates = [f"{date:%Y%m%d}{slot:02d}".encode() for date, slots in days for slot in slots]
+    flow = np.arange(first, first + len(dates), dtype=np.float32)
+    with h5py.File(path, "w") as file:
+        file["data"] = np.broadcast_to(np.stack([flow, -flow], 1)[:, :, None, None], (len(dates), 2, 32, 32))
+        file["date"] = np.array(dates)
+    return dates
+
+
+ALL = range(1, 49)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """2013: 10 days, day 4 without a slot. 2014: 12 days, a gap after day 5. 2015, 2016: 8 and 9 days, whole."""
+    folder = tmp_path / "taxibj"
+    folder.mkdir()
+    years = {13: [(day(2013, 7, n), [s for s in ALL if (n, s) != (4, 20)]) for n in range(10)],
+             14: [(day(2014, 3, n + 3 * (n > 5)), ALL) for n in range(12)],
+             15: [(day(2015, 3, n), ALL) for n in range(8)], 16: [(day(2015, 12, n), ALL) for n in range(9)]}
+    for year, days in years.items():
+        write_year(folder / f"BJ{year}_M32x32_T30_InOut.h5", days, 1000 * (year - 12))
+    return folder
+
+
+def flows(clips, frames):
+    """Inflow of each frame of each clip, in the numbers of `write_year`."""
+    return clips.to_units(frames)[:, :, 0, 0, 0].round().long()
+
+
+def test_windows_days_and_scale(folder):
+    clips = data.open_data("taxibj", folder.parent)
+    assert (clips.channels, clips.size, clips.frames_in, clips.horizon, clips.test_count) == (2, (32, 32), 4, 4, 1344)
+    #       runs of 4 + 5, 6 + 6, 8 and 9 whole days, each with 7 fewer windows than slots
+    total = (4 + 5 + 6 + 6 + 8 + 9) * 48 - 6 * 7
+    side = total - 1344
+    assert clips.valid_count == (side - 7) // 20
+    frames = torch.cat([clips.train(0, 0, clips.train_count), clips.valid(0, 10**6), clips.test(0, 10**6)])
+    assert frames.shape[1:] == (8, 2, 32, 32) and 0 <= frames.min() and frames.max() <= 1
+    numbers = flows(clips, frames)
+    inside = clips.scale.high
+    ascending = numbers.clamp(max=int(inside))
+    assert ((ascending[:, 1:] - ascending[:, :-1] == 1) | (ascending[:, 1:] == inside)).all()     # oldest first
+    assert frames[:, :, 1].max() == 0                                                             # negative flows to 0
+    parts = [set(flows(clips, part).ravel().tolist()) for part in
+             (clips.train(0, 0, clips.train_count), clips.valid(0, 10**6))]
+    assert not parts[0] & parts[1]
+    incomplete = set(range(1000 + 4 * 48, 1000 + 4 * 48 + 47))
+    assert not incomplete & (parts[0] | parts[1])
+    windows = {tuple(row) for row in flows(clips, clips.train(0, 0, clips.train_count)).tolist()}
+    assert all(row[-1] - row[0] == 7 for row in windows)
+    for first in (1000 + 4 * 48, 1000 + 10 * 48 - 1, 2000 + 6 * 48):      # over the dropped day, a file's end, a gap
+        assert not any(row[0] < first <= row[-1] for row in windows)
+    assert clips.scale.low == 0 and clips.scale.high == numbers.max()
+    note = " ".join(clips.info()["notes"])
+    assert "1 days without all 48 slots" in note and "14 left out" in note and "19,560" in note
+
+
+def test_the_scale_is_that_of_the_training_side(folder):
+    clips = data.open_data("taxibj", folder.parent)
+    assert clips.scale.high == flows(clips, clips.valid(0, 10**6)).max() < 4000 + 9 * 48 - 1
+    assert clips.test(1343, 1344)[:, :, 0].min() == 1 and "clipped" in " ".join(clips.info()["notes"])
+
+
+def test_fullres_takes_the_inflow_alone(folder):
+    both, inflow = data.open_data("taxibj", folder.parent), data.open_data("taxibj", folder.parent, "fullres")
+    assert inflow.channels == 1 and inflow.train(0, 3, 4).equal(both.train(0, 3, 4)[:, :, :1])
+    assert "inflow alone" in inflow.test_set
+
+
+def test_it_is_unpacked_once_and_the_files_may_go(folder):
+    first = data.open_data("taxibj", folder.parent)
+    array, = folder.glob("frames-*.npy")
+    time = array.stat().st_mtime_ns
+    assert data.open_data("taxibj", folder.parent).train(0, 0, 4).equal(first.train(0, 0, 4))
+    assert array.stat().st_mtime_ns == time
+    for path in folder.glob("*.h5"):
+        path.unlink()
+    assert data.open_data("taxibj", folder.parent).test(0, 4).equal(first.test(0, 4))
+
+
+def test_a_step_trains(folder):
+    clips = data.open_data("taxibj", folder.parent)
+    model = ConvLSTM(channels=2, size=32, hidden=4, layers=1, patch=2)
+    frames = clips.train(0, 0, 2)
+    before = [weight.clone() for weight in model.parameters()]
+    ((model(frames) - frames[:, 1:]) ** 2).sum().backward()
+    torch.optim.Adam(model.parameters()).step()
+    assert any(not weight.equal(old) for weight, old in zip(model.parameters(), before))
+
+
+def write_npz(path, train=300, test=20, **others):
+    """Clips one slot apart, as published: the value of slot k is k / 1000."""
+    slots = np.broadcast_to((np.arange(train + test + 8) / 1000)[:, None, None, None], (train + test + 8, 2, 32, 32))
+    clips = np.stack([slots[k:k + 8] for k in range(train + test)]).astype(np.float32)
+    np.savez(path, **{"X_train": clips[:train, :4], "Y_train": clips[:train, 4:], "X_test": clips[train:, :4],
+                      "Y_test": clips[train:, 4:], **others})
+
+
+def test_dataset_npz(folder):
+    for path in folder.glob("*.h5"):
+        path.unlink()
+    write_npz(folder / "dataset.npz")
+    clips = data.open_data("taxibj", folder.parent)
+    assert (clips.train_count, clips.valid_count, clips.test_count) == (300 - 7 - 15 - 7, 15, 20)
+    slots = [(clips.to_units(part)[:, :, 1, 5, 5] * 1000).round().long() for part in
+             (clips.train(0, 0, clips.train_count), clips.valid(0, 99), clips.test(0, 99))]
+    assert all((rows[:, 1:] - rows[:, :-1] == 1).all() for rows in slots)
+    used = [set(rows.ravel().tolist()) for rows in slots]
+    assert not (used[0] & used[1] or used[1] & used[2] or used[0] & used[2])
+    assert used[2] == set(range(300, 327)) and "dataset.npz" in clips.test_set
+    assert clips.test(0, 1)[0, 0, 0, 0, 0] == np.float32((0.3 + 1) / 2)
+    with pytest.raises(data.DataError, match="8 frames"):
+        data.open_data("taxibj", folder.parent, horizon=5)
+
+
+def refused(folder, text):
+    before = sorted(os.listdir(folder))
+    with pytest.raises(data.DataError) as error:
+        data.open_data("taxibj", folder.parent)
+    assert text in str(error.value) and "\n" not in str(error.value), str(error.value)
+    assert sorted(os.listdir(folder)) == before                                          # nothing is left behind
+
+
+def test_bad_files(folder):
+    path = folder / "BJ15_M32x32_T30_InOut.h5"
+    whole = path.read_bytes()
+    path.unlink()
+    refused(folder, "lacks BJ15_M32x32_T30_InOut.h5")
+    for content in (b"", b"not HDF5", whole[:len(whole) // 2]):
+        path.write_bytes(content)
+        refused(folder, "BJ15_M32x32_T30_InOut.h5 cannot be read")
+    for keys in ({"flow": 1}, {"data": 1.0, "date": 2.0}, {"data": np.zeros((3, 1, 32, 32)), "date": [b"2015030101"]},
+                 {"data": np.zeros((1, 2, 32, 32)), "date": [b"yesterday!"]},
+                 {"data": np.zeros((1, 2, 32, 32)), "date": [b"2015030149"]}):
+        with h5py.File(path, "w") as file:
+            for key, value in keys.items():
+                file[key] = value
+        refused(folder, "BJ15_M32x32_T30_InOut.h5")
+    write_year(path, [(day(2015, 3, 0), ALL)], 0)
+    with h5py.File(path, "r+") as file:
+        file["data"][20, 1, 3, 3] = np.nan
+    refused(folder, "NaN or infinity")
+
+
+def test_too_little_is_refused(folder):
+    for path in folder.glob("*.h5"):
+        write_year(path, [(day(2015, 3, n), ALL) for n in range(5)], 0)
+    with pytest.raises(data.DataError, match="none is left for training"):
+        data.open_data("taxibj", folder.parent)
+
+
+def test_a_bad_npz(folder):
+    for path in folder.glob("*.h5"):
+        path.unlink()
+    refused(folder, "TolicWang/DeepST")
+    path = folder / "dataset.npz"
+    write_npz(path, Y_test=np.zeros((20, 4, 2, 32, 31), np.float32))
+    refused(folder, "not (N, 4, 2, 32, 32)")
+    write_npz(path, X_test=np.full((20, 4, 2, 32, 32), 1.5))
+    refused(folder, "X_test and Y_test have shapes")
+    write_npz(path, X_test=np.full((20, 4, 2, 32, 32), 1.5, np.float32))
+    refused(folder, "beyond [-1, 1]")
+    np.savez(path, X_train=np.zeros((3, 4, 2, 32, 32), np.float32))
+    refused(folder, "Y_train")
+    write_npz(path)
+    path.write_bytes(path.read_bytes()[:10**6])
+    refused(folder, "dataset.npz cannot be read")

@@ -1,0 +1,142 @@
+"""Typhoon from gridded Himawari-8 files in the true format: 6000×6000 big-endian counts, plain and .bz2."""
+
+import bz2
+import datetime
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from convlstm import ConvLSTM
+
+START = datetime.datetime(2018, 8, 1, 20)
+BOX = [10, 120, 13.2, 123.2]               # 160 rows and columns, of the 2,340th row and the 1,750th column on
+
+
+def name(hour, minute=0):
+    return f"{START + datetime.timedelta(hours=hour, minutes=minute):%Y%m%d%H%M}.tir.01.fld.geoss"
+
+
+def write_counts(path, value):
+    """A grid that is `value` in the box of `BOX`, one more in its north half, and 0 elsewhere."""
+    with open(path, "wb") as file:                                         # sparse: takes little room
+        for row in range(2340, 2500):
+            file.seek(2 * (6000 * row + 1750))
+            file.write(np.full(160, value + (row < 2420), ">u2").tobytes())
+        file.truncate(2 * 6000**2)
+
+
+HOURS = [hour for hour in range(24) if hour != 13]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """The file of hour 1 as .bz2."""
+    path = tmp_path_factory.mktemp("one") / "plain"
+    write_counts(path, 1010)
+    return bz2.compress(path.read_bytes(), 1)
+
+
+@pytest.fixture
+def folder(tmp_path, packed):
+    folder = tmp_path / "typhoon"
+    folder.mkdir()
+    for hour in HOURS:
+        write_counts(folder / name(hour), 2000 if hour == 0 else 1000 + 10 * hour)
+    (folder / name(1)).unlink()
+    (folder / f"{name(1)}.bz2").write_bytes(packed)
+    (folder / f"{name(3, 10)}.bz2").write_bytes(b"not hourly: not read")
+    return folder
+
+
+def opened(folder, box=BOX, **options):
+    return data.open_data("typhoon", folder.parent, box=box, **{"frames_in": 2, "horizon": 2, **options})
+
+
+def hours(clips, frames):
+    values = clips.to_units(frames)
+    assert torch.allclose(values[:, :, 0, :32], values[:, :, :1, 0, :1].expand_as(values[:, :, 0, :32]), atol=1e-2)
+    assert torch.allclose(values[:, :, 0, :32] - values[:, :, 0, 32:], torch.tensor(1.0), atol=1e-2)     # north first
+    return ((values[:, :, 0, 0, 0] - 1001) / 10).round().long()
+
+
+def test_windows_parts_and_scale(folder):
+    clips = opened(folder)
+    assert (clips.channels, clips.size) == (1, (64, 64))
+    # hours 0-12 and 14-23: 10 + 7 windows of 4, of which the last 4 begin at hours 17-20
+    assert hours(clips, clips.test(0, 9)).tolist() == [[k, k + 1, k + 2, k + 3] for k in range(17, 21)]
+    assert clips.info()["scale"] == [1010, 2001] and "1 gaps" in " ".join(clips.info()["notes"])
+    assert "box 10 120 13.2 123.2" in clips.test_set
+    # the window at 14 would share hour 17 with the test; the last one before it is for validation
+    assert hours(clips, clips.valid(0, 9)).tolist() == [[9, 10, 11, 12]]
+    train = sorted(hours(clips, clips.train(0, 0, clips.train_count)).tolist())
+    assert train == [*([k, k + 1, k + 2, k + 3] for k in range(1, 6)), [100, 1, 2, 3]]        # hour 0 reads as 100
+
+
+def test_the_paper_s_lengths_are_the_default(folder):
+    with pytest.raises(data.DataError, match="typhoon: 2 windows of 12 consecutive hours, too few"):
+        data.open_data("typhoon", folder.parent, box=BOX)
+
+
+def test_the_box_is_averaged_to_64_by_64(folder):
+    larger = opened(folder, [10, 120, 13.2, 126.4])                        # 160 by 320 pixels, the east half 0
+    units = larger.to_units(larger.train(0, 0, 1))[0, 0, 0]
+    assert torch.allclose(units[:32, :32], units[0, 0].expand(32, 32), atol=1e-2) and (units[:, 32:] == 0).all()
+    assert torch.allclose(units[32:, :32], units[0, 0] - 1, atol=1e-2) and units[0, 0] > 1000
+    assert len(list(folder.glob("frames-*.npy"))) == 1
+    opened(folder)
+    assert len(list(folder.glob("frames-*.npy"))) == 2                     # both boxes stay unpacked
+    for path in folder.glob("2*"):
+        path.unlink()
+    assert opened(folder).train_count == 6
+
+
+def refused(folder, text, **options):
+    before = sorted(os.listdir(folder))
+    with pytest.raises(data.DataError) as error:
+        opened(folder, **options)
+    assert text in str(error.value) and "\n" not in str(error.value), str(error.value)
+    assert sorted(os.listdir(folder)) == before                            # nothing is left behind
+
+
+def test_boxes(folder):
+    refused(folder, "typhoon needs --box", box=None)
+    refused(folder, "-60 … 60", box=[13, 120, 10, 130])
+    refused(folder, "85 … 205", box=[10, 80, 20, 130])
+    refused(folder, "smaller than 64 pixels", box=[10, 120, 11, 130])
+    assert data._box([10, 170, 20, -170]) == data._box([10, 170, 20, 190])
+    with pytest.raises(data.DataError, match="--box is for typhoon"):
+        data.open_data("moving_digits", box=BOX)
+
+
+def test_bad_files(folder, packed):
+    (folder / name(5)).unlink()
+    path = folder / f"{name(5)}.bz2"
+    for content in (b"", b"not bzip2", packed[:-50], bz2.compress(b"too short")):
+        path.write_bytes(content)
+        refused(folder, path.name)
+    path.unlink()
+    plain = folder / name(5)
+    for size, text in ((71_999_998, "fewer than the 72000000 bytes"), (72_000_002, "more than")):
+        with open(plain, "wb") as file:
+            file.truncate(size)
+        refused(folder, text)
+    plain.rename(folder / f"209913{plain.name[6:]}")
+    refused(folder, "cannot be read")
+    for each in folder.iterdir():
+        each.unlink()
+    refused(folder, "CEReS")
+    write_counts(folder / name(0), 1)
+    with pytest.raises(data.DataError, match="too few"):
+        opened(folder)
+
+
+def test_a_step_trains(folder):
+    frames = opened(folder).train(0, 0, 2)
+    model = ConvLSTM(channels=1, size=64, hidden=4, layers=1)
+    before = [weight.clone() for weight in model.parameters()]
+    ((model(frames) - frames[:, 1:]) ** 2).sum().backward()
+    torch.optim.Adam(model.parameters()).step()
+    assert any(not weight.equal(old) for weight, old in zip(model.parameters(), before))

@@ -1,0 +1,117 @@
+"""Unpacking once into one array: what survives a kill, what a change does, and the array's file."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import data
+
+def write(writer):
+    writer.add(numbers[:2])
+    writer.file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+import numpy as np
+numbers = np.arange(24, dtype=np.uint8).reshape(4, 1, 2, 3)
+folder = Path({folder!r})
+if {late}:      # killed between the frames and their index
+    whole = data.write_whole
+    data.write_whole = lambda path, content: os.kill(os.getpid(), 9) if path.suffix == ".json" else whole(path, content)
+    write = lambda writer: writer.add(numbers) or {{}}
+data.unpack_once(folder, [folder / "source"], np.uint8, (1, 2, 3), write)
+"""
+NUMBERS = np.arange(24, dtype=np.uint8).reshape(4, 1, 2, 3)
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "source").write_bytes(b"packed")
+    return tmp_path / "source"
+
+
+def unpack(source, write=None, about=""):
+    sources = [source] if source.exists() else []
+    return data.unpack_once(source.parent, sources, np.uint8, (1, 2, 3), write or add_all, about)
+
+
+def add_all(writer):
+    writer.add(NUMBERS[:3])
+    writer.add(NUMBERS[3:])
+    return {"frames": 4}
+
+
+def fail(writer):
+    raise AssertionError("unpacked again")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_unpacking_that_is_killed_is_never_taken_for_whole(source, late):
+    script = KILLED.format(root=str(Path(data.__file__).parent), folder=str(source.parent), late=late)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(os.listdir(source.parent)) == 2                             # the source, and what the kill left
+    array, index = unpack(source)
+    assert (array == NUMBERS).all() and index["frames"] == 4
+    assert sorted(path.suffix for path in source.parent.iterdir()) == ["", ".json", ".npy"]
+
+
+def test_it_is_done_once_until_the_source_changes(source):
+    unpack(source)
+    array, index = unpack(source, fail)
+    assert (array == NUMBERS).all() and isinstance(array, np.memmap) and index == {"frames": 4, "about": ""}
+    source.write_bytes(b"packed anew")
+    array, _ = unpack(source, lambda writer: writer.add(NUMBERS[1:]) or {})
+    assert (array == NUMBERS[1:]).all() and len(list(source.parent.glob("frames-*"))) == 2
+    source.unlink()
+    assert (unpack(source, fail)[0] == NUMBERS[1:]).all()
+
+
+def test_another_about_is_another_array(source):
+    unpack(source, about="one")
+    unpack(source, lambda writer: writer.add(NUMBERS[1:]) or {}, about="two")
+    assert len(unpack(source, fail, "one")[0]) == 4 and len(unpack(source, fail, "two")[0]) == 3
+    source.unlink()
+    assert len(unpack(source, fail, "one")[0]) == 4 and unpack(source, fail, "three") is None
+
+
+def test_a_writer_can_start_again(source):
+    def write(writer):
+        writer.add(NUMBERS)
+        writer.restart()
+        writer.add(NUMBERS[2:])
+        return {}
+    assert (unpack(source, write)[0] == NUMBERS[2:]).all()
+
+
+def test_the_array_is_an_ordinary_npy_file(source):
+    unpack(source)
+    path, = source.parent.glob("*.npy")
+    assert (np.load(path) == NUMBERS).all() and path.stat().st_size == 128 + 24
+
+
+def test_what_living_processes_write_is_left_alone(tmp_path):
+    with open(tmp_path / ".living.1.tmp", "wb") as living:
+        assert data._lock(living)
+        (tmp_path / ".dead.2.tmp").write_bytes(b"")
+        data._sweep(tmp_path)
+        assert os.listdir(tmp_path) == [".living.1.tmp"]
+
+
+def test_an_unwritable_folder_is_named(source, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(data.DataError, match="cannot unpack into .*: No space left on device"):
+        unpack(source)
+    assert os.listdir(source.parent) == ["source"]
