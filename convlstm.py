@@ -50,6 +50,8 @@ TRAINING = {
 PUBLISHED = [
     dict(variant="full", setup="patch4", data="moving_mnist", source="CMS-LSTM, Table 3",
          psnr=18.523, ssim=0.877, mse=70.4, mae=115.9),
+    dict(variant="full", setup="patch4", data="typhoon", source="MoDeRNN, Table 2",
+         psnr=26.353, ssim=0.851, mse=10.43, mae=119.6),
     dict(variant="full", setup="fullres", data="moving_mnist", source="MS-LSTM, Tables 1-3", over="all",
          ssim=0.810, mse=90.36, mae=142.5, params="0.4M", macs="34.4G"),
     dict(variant="full", setup="fullres", data="taxibj", source="MS-LSTM, Tables 4-5",
@@ -118,7 +120,7 @@ class ConvLSTM(nn.Module):
         network = NETWORK[setup] | {name: value for name, value in given.items() if value is not None}
         hidden, layers, kernel, patch = (network[name] for name in given)
         if min(channels, hidden, layers, kernel, patch) < 1 or kernel % 2 == 0:
-            raise ValueError(f"channels, hidden, layers, kernel and patch must be positive and the kernel odd: {network}")
+            raise ValueError(f"channels and all of {network} must be positive, and the kernel odd")
         height, width = (size, size) if isinstance(size, int) else size
         if height % patch or width % patch or min(height, width) < patch:
             near = [max(side // patch, 1) * patch for side in (height, width)]

@@ -176,7 +176,6 @@ def precision_of(name, device):
             raise UserError("--precision bf16: this CPU has no bf16 arithmetic; use fp32")
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
-    torch.backends.cudnn.benchmark = True
     return name
 
 
@@ -448,7 +447,7 @@ def score_batches(model, config, part, count, device, stop, baselines=False):
     model.eval()
     for start in range(share.start, share.stop, EVAL_BATCH):
         if stop.signum and processes.count == 1:
-            raise Interrupted(stop.signum, "stopped during an evaluation")
+            raise Interrupted(stop.signum, "stopped during the evaluation; the run is whole, and --eval RUN evaluates it")
         frames, mask = part(start, min(start + EVAL_BATCH, share.stop), device)
         horizon = frames.shape[1] - config["frames_in"]
         with autocast(device, config["precision"]):
@@ -495,8 +494,8 @@ def evaluate(model, config, clips, device, stop):
     return summaries
 
 
-def finish(model, config, clips, folder, iteration, validation, weights="last"):
-    """Evaluate trained weights: write results.json and pictures, print the table."""
+def finish(model, config, clips, folder, iteration, validation, weights="last", suffix=""):
+    """Evaluate trained weights: write results.json and pictures (`suffix` tells others apart), print the table."""
     device, stop = next(model.parameters()).device, Stop()
     count = config["eval_sequences"]
     processes.say(f"evaluating {count} of {clips.test_count} test sequences ({clips.test_set})")
@@ -506,7 +505,6 @@ def finish(model, config, clips, folder, iteration, validation, weights="last"):
                    iteration=iteration, weights=weights, unit=clips.unit, validation=validation, **summaries)
     if not processes.first:
         return
-    suffix = "" if weights == "last" else f"-{weights}"
     data.write_whole(folder / f"results{suffix}.json", (json.dumps(results, indent=1) + "\n").encode())
     picture = folder / f"forecast{suffix}.png"
     write_film_strip(model, config, clips, device, picture, iteration)
@@ -632,7 +630,7 @@ def run(config, clips, folder, checkpoint=None):
             size = "×".join(map(str, config["network"]["size"]))
             raise RunError(f"out of memory with --batch {config['batch']} of {config['frames_in'] + config['horizon']} frames "
                            f"{size}: lower --batch or --hidden, or add --recompute") from None
-        if processes.count > 1:
+        if processes.count > 1 and any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
             raise RunError(f"another process of this run ended; go on with --resume {folder}") from None
         raise
 
@@ -677,8 +675,11 @@ def trained(args, run):
 def command_eval(args):
     folder, weights, config, model, _, checkpoint = trained(args, args.eval)
     clips = open_run_data(config, args)
-    config["eval_sequences"] = min(args.eval_sequences or config["eval_sequences"], clips.test_count)
-    finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"], weights)
+    suffix = "" if weights == "last" else f"-{weights}"
+    if args.eval_sequences not in (None, config["eval_sequences"]):     # the run's own results stay
+        config["eval_sequences"] = min(args.eval_sequences, clips.test_count)
+        suffix += f"-{config['eval_sequences']}-sequences"
+    finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"], weights, suffix)
 
 
 def command_predict(args):

@@ -113,6 +113,8 @@ def test_eval_repeats_the_results(capsys):
     assert_same(final("runs/a"), before)
     assert run("--eval", "runs/a/best.pt") == 0
     assert json.loads(Path("runs/a/results-best.json").read_text())["weights"] == "best"
+    assert run("--eval", "runs/a", "--eval-sequences", 2) == 0
+    assert json.loads(Path("runs/a/results-2-sequences.json").read_text())["sequences"] == 2
     assert_same(final("runs/a"), before)
 
 
