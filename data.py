@@ -35,7 +35,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:    # not on Windows, where unfinished temporary files of killed processes stay
+except ImportError:    # not on Windows, where nobody waits and what a killed process left stays
     fcntl = None
 
 import numpy as np
@@ -58,7 +58,6 @@ def write_whole(path, content):
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            _lock(file)
             content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -77,21 +76,21 @@ def progress(iterable=None, **options):
     return tqdm(iterable, leave=False, **options)
 
 
-def _lock(file):
-    """Take a file for this process, until it closes the file or dies; True if nobody else has it."""
+@contextlib.contextmanager
+def alone_in(folder):
+    """Let one process at a time fill a folder; the others wait. What killed ones left unfinished there is removed."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except (AttributeError, OSError):
-        return False
-
-
-def _sweep(folder):
-    """Remove the temporary files that killed processes left in a folder; those of living ones are locked."""
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if _lock(file):
+        with contextlib.suppress(OSError):    # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            for path in Path(folder).glob(".*.tmp"):
                 path.unlink()
+        yield
+    finally:
+        os.close(handle)
 
 
 # ---------------------------------------------------------------------------------------------------------------- draws
@@ -140,11 +139,12 @@ class Clips:
     test_set      a short text that says which test set this is
     channels      C;  size: (H, W)
     frames_in     frames a model reads;  horizon: frames it forecasts in training;  test_horizon: in the test
-    unit          of `to_units`, such as "mm/h", or None where pixels have no unit
+    unit          of `to_units`, such as "mm/h", or None where pixels have no unit;  notes: lines for the log
     train_count   number of different training clips, None if they never end;  valid_count, test_count: of those sets
     """
 
     unit = None
+    notes = ()
 
     def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
         """The training batch of an iteration: float32 (b, frames_in + horizon, C, H, W) in [0, 1].
@@ -174,7 +174,7 @@ class Clips:
         """What a run's configuration and log say about its data; JSON-safe."""
         names = ("name", "test_set", "channels", "size", "frames_in", "horizon", "test_horizon", "unit",
                  "train_count", "valid_count", "test_count")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"notes": list(self.notes)}
 
 
 def _over_255(levels):
@@ -318,10 +318,12 @@ def mnist_digits(folder, name):
     The file may lie there plain or as .gz. Raises DataError if it is not the MNIST file, whole, or cannot be had.
     """
     count, checksum = MNIST_FILES[name]
-    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
-    if path is None:
-        path = folder / f"{name}.gz"
-        _download_mnist(path, checksum)
+    path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
+    if not path.exists():
+        _folder(folder, "; --data moving_digits needs none")
+        with alone_in(folder):
+            if not path.exists():
+                _download_mnist(path, checksum)
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
@@ -336,15 +338,11 @@ def mnist_digits(folder, name):
 def _download_mnist(path, checksum):
     """Download path.name from a mirror; it appears under its name only once its unpacked content has the checksum."""
     faults = []
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for mirror in MNIST_MIRRORS:
-            try:
-                return write_whole(path, lambda file: file.write(_fetch(mirror + path.name, checksum)))
-            except (OSError, EOFError, zlib.error, ValueError) as error:  # URLError and time-outs are OSErrors
-                faults.append(f"{mirror.split('/')[2]}: {error}")
-    except OSError as error:
-        faults.append(str(error))
+    for mirror in MNIST_MIRRORS:
+        try:
+            return write_whole(path, lambda file: file.write(_fetch(mirror + path.name, checksum)))
+        except (OSError, EOFError, zlib.error, ValueError) as error:  # URLError and time-outs are OSErrors
+            faults.append(f"{mirror.split('/')[2]}: {error}")
     raise DataError(f"cannot download {path.name} ({'; '.join(faults)}): put the file into {path.parent}, or use "
                     f"--data moving_digits, which needs none")
 
@@ -524,7 +522,7 @@ class Windows(Clips):
         return self.scale.to_units(frames)
 
     def info(self):
-        return {**super().info(), "scale": self.scale.note(), "notes": self.notes}
+        return {**super().info(), "scale": self.scale.note()}
 
     def _values(self, part, which, horizon):
         array, starts = self.parts[part]
@@ -634,12 +632,12 @@ def _checked_range(frames, path, name, first, folder):
     return low, high
 
 
-def _folder(path):
+def _folder(path, way_out=""):
     """Make a folder; DataError if that cannot be done."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot make the folder {path}: {error.strerror}") from None
+        raise DataError(f"cannot make the folder {path}: {error.strerror}{way_out}") from None
 
 
 def _cut(stop, film, length):
@@ -675,11 +673,12 @@ def _unpacked(path, folder):
                 with archive.open(f"{part}.npy") as source:
                     _header(source, f"{path} ({part})")
             _folder(folder)
-            for part, copy in copies.items():
-                if not copy.exists():
-                    size = archive.getinfo(f"{part}.npy").file_size
-                    with archive.open(f"{part}.npy") as source:
-                        write_whole(copy, lambda file: _copy(source, file, size, f"unpacking {path.name} ({part})"))
+            with alone_in(folder):
+                for part, copy in copies.items():
+                    if not copy.exists():
+                        size = archive.getinfo(f"{part}.npy").file_size
+                        with archive.open(f"{part}.npy") as source:
+                            write_whole(copy, lambda file: _copy(source, file, size, f"unpacking {path.name} ({part})"))
     except READ_ERRORS as error:
         if folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
@@ -865,18 +864,24 @@ def unpack_once(folder, sources, dtype, shape, write, about=""):
     stats = [(str(path.relative_to(folder)), path.stat()) for path in sources]
     state = [about, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
     mark = hashlib.sha256(repr(state).encode()).hexdigest()[:12]
-    kept = [folder / f"frames-{mark}.json"] if sources else sorted(folder.glob("frames-*.json"))
-    for path in kept:
-        try:
-            index = json.loads(path.read_text())
-            if index["about"] == about:
-                return np.load(path.with_suffix(".npy"), mmap_mode="r"), index
-        except (OSError, ValueError, KeyError):
-            pass
+    path = folder / f"frames-{mark}.npy"
     if not sources:
+        return next(filter(None, (_unpacked_before(old, about) for old in sorted(folder.glob("frames-*.npy")))), None)
+    with alone_in(folder):
+        return _unpacked_before(path, about) or _unpack(path, dtype, shape, write, about)
+
+
+def _unpacked_before(path, about):
+    """(array, index) of an array that is whole and depends on the same, or None."""
+    try:
+        index = json.loads(path.with_suffix(".json").read_text())
+        return (np.load(path, mmap_mode="r"), index) if index["about"] == about else None
+    except (OSError, ValueError, KeyError):
         return None
 
-    index = {}
+
+def _unpack(path, dtype, shape, write, about):
+    folder, index = path.parent, {}
 
     def content(file):
         writer = FrameWriter(file, dtype, shape)
@@ -884,13 +889,12 @@ def unpack_once(folder, sources, dtype, shape, write, about=""):
         writer.finish()
 
     try:
-        _sweep(folder)
-        path = write_whole(folder / f"frames-{mark}.npy", content)
+        write_whole(path, content)
         write_whole(path.with_suffix(".json"), json.dumps(index).encode())
     except OSError as error:
         raise DataError(f"cannot unpack into {folder}: {error.strerror or error}") from None
-    for old in folder.glob("frames-*"):
-        if old.stem != path.stem and old.suffix == ".npy" and _about(old) in (about, None):
+    for old in folder.glob("frames-*.npy"):
+        if old != path and _about(old) in (about, None):
             old.with_suffix(".json").unlink(missing_ok=True)
             old.unlink()
     return np.load(path, mmap_mode="r"), index
@@ -1096,7 +1100,8 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
     """KTH: people in motion, grey, scaled to 128×128. People 1-15 train, 16 validation, 17-25 test.
 
     Windows inside the frame ranges of 00sequences.txt, every 10 frames, 3 for running. `patch4` (SA-ConvLSTM): all six
-    actions, 10 -> 10 in training and 10 -> 20 in the test; `fullres` (MS-LSTM): walking, jogging, running, 10 -> 10.
+    actions, 10 -> 10 in training and 10 -> 20 in the test (another horizon than 10 is also the test's); `fullres`
+    (MS-LSTM): walking, jogging, running, 10 -> 10.
     """
     files = sorted(path for action in KTH_ACTIONS for path in (folder / action).glob("*.avi"))
     found = unpack_once(folder, files, np.uint8, (1, 128, 128), lambda writer: _unpack_kth(writer, files))
@@ -1105,8 +1110,8 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
     frames, index = found
     ranges = _kth_ranges(folder / "00sequences.txt")
     frames_in = frames_in or 10
-    test_horizon = horizon or (10 if setup == "fullres" else 20)
     horizon = horizon or 10
+    test_horizon = 20 if setup == "patch4" and horizon == 10 else horizon
     actions = ("walking", "jogging", "running") if setup == "fullres" else KTH_ACTIONS
     starts, skipped, short = {"train": [], "valid": [], "test": []}, list(index["skipped"]), []
     for name, first, count in index["films"]:

@@ -616,6 +616,8 @@ def command_train(args):
     processes.say(f"{folder}: {config['model']} {config['variant']}, {config['setup']}, {clips.name}, "
                   f"{sum(p.numel() for p in model.parameters()):,} parameters, {config['iterations']:,} iterations of "
                   f"{config['batch']}, {config['precision']} on {config['versions']['device']}")
+    for note in clips.notes:
+        processes.say(note)
     run(config, clips, folder)
 
 

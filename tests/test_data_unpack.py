@@ -100,12 +100,30 @@ def test_the_array_is_an_ordinary_npy_file(source):
     assert (np.load(path) == NUMBERS).all() and path.stat().st_size == 128 + 24
 
 
-def test_what_living_processes_write_is_left_alone(tmp_path):
-    with open(tmp_path / ".living.1.tmp", "wb") as living:
-        assert data._lock(living)
-        (tmp_path / ".dead.2.tmp").write_bytes(b"")
-        data._sweep(tmp_path)
-        assert os.listdir(tmp_path) == [".living.1.tmp"]
+WAITING = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import data, numpy as np
+
+def write(writer):
+    print("unpacking", flush=True)
+    time.sleep(1)
+    writer.add(np.arange(24, dtype=np.uint8).reshape(4, 1, 2, 3))
+    return {{}}
+
+folder = Path({folder!r})
+array, _ = data.unpack_once(folder, [folder / "source"], np.uint8, (1, 2, 3), write)
+print(array.sum())
+"""
+
+
+@pytest.mark.skipif(data.fcntl is None, reason="processes wait for each other only where files can be locked")
+def test_one_of_several_processes_unpacks_and_the_others_wait(source):
+    script = WAITING.format(root=str(Path(data.__file__).parent), folder=str(source.parent))
+    processes = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert sorted(said) == ["276\n", "276\n", "unpacking\n276\n"]
 
 
 def test_an_unwritable_folder_is_named(source, monkeypatch):
