@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -186,3 +187,8 @@ def test_a_bad_npz(folder):
     write_npz(path)
     path.write_bytes(path.read_bytes()[:10**6])
     refused(folder, "dataset.npz cannot be read")
+
+
+def test_without_h5py_it_is_asked_for_by_name(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    refused(folder, "which needs the package h5py: pip install h5py")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import data
+import train
 
 KILLED = """
 import os, signal, sys
@@ -32,6 +33,29 @@ if {late}:      # killed between the frames and their index
 data.unpack_once(folder, [folder / "source"], np.uint8, (1, 2, 3), write)
 """
 NUMBERS = np.arange(24, dtype=np.uint8).reshape(4, 1, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["taxibj", "kth", "germany", "typhoon"])
+@pytest.mark.parametrize("folder", ["absent", "empty"])
+def test_a_run_without_its_data_says_in_one_line_where_to_get_them(tmp_path, capsys, name, folder):
+    if folder == "empty":
+        (tmp_path / "data" / name).mkdir(parents=True)
+    box = ["--box", "5", "110", "45", "150"] if name == "typhoon" else []
+    status = train.main(["convlstm", "--device", "cpu", "--data", name, "--data-dir", str(tmp_path / "data"), "--out",
+                         str(tmp_path / "runs"), *box])
+    out, err = capsys.readouterr()
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert f"{tmp_path / 'data' / name} has no files of {name}: put " in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_on_a_pickle_ends_in_one_line(tmp_path, capsys):
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}] * 30, object), allow_pickle=True)
+    status = train.main(["convlstm", "--device", "cpu", "--data", str(tmp_path / "pickled.npy"), "--data-dir",
+                         str(tmp_path / "data"), "--out", str(tmp_path / "runs")])
+    err = capsys.readouterr().err
+    assert status == 2 and err.count("\n") == 1 and "pickled objects" in err
+    assert os.listdir(tmp_path) == ["pickled.npy"]
 
 
 @pytest.fixture
