@@ -380,6 +380,26 @@ def test_list_beside_the_papers(capsys):
     assert "moving_mnist, taxibj, kth, germany" in refused(capsys, "--list", "--data", "typhoon")
 
 
+def test_an_array_of_ones_own(capsys):
+    """Trained, evaluated and forecast from, in the array's own units."""
+    film = (250 + 50 * np.sin(np.arange(60)[:, None, None] / 5 + np.linspace(0, 3, 16)[:, None] + np.zeros(24))).astype(np.float32)
+    np.save("sea.npy", film)
+    own = "convlstm --data sea.npy --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 2 --iterations 3".split()
+    assert "--normalize" in refused(capsys, *own)
+    assert not Path("runs").exists()
+    assert run(*own, "--normalize") == 0
+    folder = Path("runs/convlstm-full-sea_npy-1")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["data"] == "sea_npy" and len(results["forecast"]["mse"]["frames"]) == 2
+    before = (folder / "results.json").read_text()
+    assert run("--eval", folder) == 0
+    assert (folder / "results.json").read_text() == before
+    assert run("--predict", folder, "--data", "sea.npy") == 0
+    forecast = np.load(folder / "predict-sea-1.npy")
+    assert forecast.shape == (2, 16, 24) and forecast.dtype == np.float32
+    assert film.min() - 1 < forecast.min() and forecast.max() < film.max() + 1
+
+
 @pytest.mark.parametrize("shape", [(9, 64, 64), (9, 1, 64, 64), (2, 9, 1, 64, 64)])
 def test_predict(shape, capsys):
     assert run(*TINY, "--name", "a", "--iterations", 1) == 0
