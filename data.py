@@ -26,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import tokenize
 import urllib.request
 import zipfile
 import zlib
@@ -548,10 +549,9 @@ def hold_out(starts, count, length):
 
 # --------------------------------------------------------------------------------------------------- arrays of your own
 
-PIECE = 1 << 26    # bytes that are looked at or copied at a time
-
-
-READ_ERRORS = (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile)
+PIECE = 1 << 26    # bytes that are looked at at a time
+READ_ERRORS = (OSError, EOFError, ValueError, TypeError, RuntimeError, OverflowError, SyntaxError, zlib.error,
+               zipfile.BadZipFile, tokenize.TokenError)    # TokenError, SyntaxError: numpy's, of broken headers
 
 
 def _cannot_read(path, error):
@@ -982,7 +982,7 @@ def open_taxibj(folder, setup="patch4", frames_in=None, horizon=None):
 
 def _unpack_taxibj(writer, files):
     """Append the complete days of the four files, negative flows as 0. The index: `runs` of consecutive slots."""
-    runs, dropped, last = [], 0, None
+    runs, dropped = [], 0
     for path in progress(files, desc="unpacking TaxiBJ"):
         h5py = _h5py(path)
         try:
@@ -990,28 +990,24 @@ def _unpack_taxibj(writer, files):
                 flows, dates = file["data"], file["date"][:]
                 if flows.shape != (len(dates), 2, 32, 32):
                     raise DataError(f"{path}: data has shape {flows.shape}, not ({len(dates)}, 2, 32, 32)")
-                slots = [_slot(date) for date in dates.tolist()]
-                at, last = 0, None
-                while at < len(slots):
-                    day = slots[at] // 48
-                    stop = at
-                    while stop < len(slots) and slots[stop] // 48 == day:
-                        stop += 1
-                    if slots[at:stop] == list(range(day * 48, day * 48 + 48)):
-                        if last != day - 1:
-                            runs.append([writer.count, writer.count])
-                        flow = flows[at:stop].astype(np.float32)
-                        if not np.isfinite(flow).all():
-                            raise DataError(f"{path} has NaN or infinity on {dates[at]}")
-                        writer.add(flow.clip(0, None))
-                        runs[-1][1] = writer.count
-                        last = day
-                    else:
+                slots = np.array([_slot(date) for date in dates.tolist()])
+                days = np.flatnonzero(np.diff(slots // 48)) + 1
+                after = None    # the slot that would go on from the last whole day of this file
+                for start, stop in zip([0, *days], [*days, len(slots)]):
+                    first = slots[start]
+                    if first % 48 or not np.array_equal(slots[start:stop], np.arange(first, first + 48)):
                         dropped += 1
-                    at = stop
+                        continue
+                    flow = flows[start:stop].astype(np.float32)
+                    if not np.isfinite(flow).all():
+                        raise DataError(f"{path} has NaN or infinity in rows {start} to {stop - 1}")
+                    if first != after:
+                        runs.append([writer.count, writer.count])
+                    writer.add(flow.clip(0, None))
+                    runs[-1][1], after = writer.count, first + 48
         except KeyError as error:
             raise DataError(f"{path} is not a TaxiBJ file: {' '.join(str(error).split())}") from None
-        except READ_ERRORS + (TypeError, AttributeError) as error:
+        except READ_ERRORS + (AttributeError, IndexError) as error:
             raise _cannot_read(path, error) from None
     if not runs:
         raise DataError(f"{files[0].parent}: not one day with all 48 slots")
@@ -1063,7 +1059,7 @@ def _unpack_taxibj_npz(writer, path):
                     for number in progress(range(shape[0]), desc=f"unpacking TaxiBJ ({part})", unit="clip"):
                         clip = np.concatenate([np.frombuffer(source.read(size), dtype).reshape(4, 2, 32, 32)
                                                for source in (before, after)]).astype(np.float32)
-                        if not (np.abs(clip) <= 1).all():
+                        if not (np.abs(clip) < 1 + 1e-6).all():    # a rounding error is none
                             raise DataError(f"{path}: clip {number} of the {part} part goes beyond [-1, 1]")
                         writer.add(clip)
     except KeyError as error:
@@ -1395,7 +1391,7 @@ def _rydl(sources):
                     return np.where(np.isfinite(rain) & (rain >= 0), rain, np.nan)
 
                 yield _minutes(datetime.strptime(key, "%Y%m%d%H%M")), values
-    except READ_ERRORS + (KeyError, TypeError) as error:
+    except READ_ERRORS + (KeyError,) as error:
         raise _cannot_read(path, error) from None
 
 

@@ -359,3 +359,26 @@ def test_films_that_cannot_be_forecast(tmp_path):
     for name in ("absent.npy", "x.txt"):
         with pytest.raises(data.DataError, match=name):
             data.open_films(tmp_path / name, INFO)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fuzzed_headers_are_refused_or_read(tmp_path):
+    rng = np.random.default_rng(0)
+    whole = bytes_of(numbered(60))
+    path = tmp_path / "mine.npy"
+    accepted = 0
+    for _ in range(1000):
+        head = bytearray(whole[:128])
+        for at in rng.integers(0, 90, rng.integers(1, 4)):
+            head[at] = rng.choice(list(b"0123456789(),: <>|ufObi{}'") if rng.random() < 0.7 else np.arange(256))
+        path.write_bytes(bytes(head) + whole[128:])
+        try:
+            assert opened(path, tmp_path).train(0, 0, 2).isfinite().all()
+            accepted += 1
+        except data.DataError as error:
+            assert "mine.npy" in str(error) and "\n" not in str(error)
+    assert 0 < accepted < 300
+    huge = whole[:128].replace(b"(60, 4, 6)", b"(9" + b"9" * 30 + b", 4, 6)")[:128 - 31] + b"\n"
+    path.write_bytes(huge.ljust(128, b"\n") + whole[128:])
+    with pytest.raises(data.DataError, match="mine.npy"):
+        opened(path, tmp_path)
