@@ -279,7 +279,8 @@ class CMSLSTM(nn.Module):
         hidden, layers, kernel (of the gates and CE, odd), patch: override the set-up.
         ce_steps: CE's half-steps, at least 2.
     Attributes: `recompute`: set it to True to keep only the states between steps for the backward pass, and compute the
-    rest again there: less memory, more time, same gradients.
+    rest again there: less memory, more time, same gradients. `map_names`: what the maps of each entry
+    of `extras` are, in their order.
     Raises ValueError, in one line that names the way out, for arguments that cannot be built.
     """
 
@@ -302,6 +303,8 @@ class CMSLSTM(nn.Module):
                              f"{unit} divides; the nearest: {near[0]}×{near[1]}, {near[0] + unit}×{near[1] + unit}")
         self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
         self.hidden, self.patch, self.recompute = hidden, patch, False
+        self.map_names = {"ce_input": ("X before CE", "X after CE"),
+                          "attention": [f"scale {s}, {state}" for s in scales for state in "HC"]}
 
         norm, tokens, grid = setup == "patch4", channels * patch**2, (height // patch, width // patch)
         self.embed = nn.Conv2d(tokens, hidden, 1)

@@ -33,6 +33,7 @@ import zlib
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -1039,7 +1040,7 @@ def _taxibj_of_days(frames, index, setup, frames_in, horizon):
               f"{index['dropped']} days without all 48 slots dropped"]
     frames = frames[:, :1] if setup == "fullres" else frames
     parts = {"train": (frames, train), "valid": (frames, valid), "test": (frames, test)}
-    return Windows("taxibj", parts, frames_in, horizon, scale=scale, notes=notes,
+    return Windows("taxibj", parts, frames_in, horizon, scale=scale, unit="taxis in 30 min", notes=notes,
                    test_set=f"the last {TAXIBJ_TEST} windows{', inflow alone' if setup == 'fullres' else ''}")
 
 
@@ -1081,6 +1082,7 @@ def _taxibj_of_clips(frames, index, setup, frames_in, horizon):
     _need_windows("taxibj", parts, 8)
     frames = frames[:, :1] if setup == "fullres" else frames
     return Windows("taxibj", {part: (frames, parts[part]) for part in parts}, frames_in, horizon, scale=Scale(-1, 1),
+                   unit="flow scaled to [-1, 1]",
                    test_set=f"X_test and Y_test of dataset.npz{', inflow alone' if setup == 'fullres' else ''}",
                    notes=[f"TaxiBJ: {len(parts['train'])} training and {len(parts['valid'])} validation clips of "
                           f"{len(starts)}, so that none share frames; {len(parts['test'])} test clips"])
@@ -1596,28 +1598,170 @@ def resize(images, smallest=64, largest=256):
     return images.repeat(times, -2).repeat(times, -1)
 
 
-def film_strip(rows, title="", gap=2):
+def fit(images, size):
+    """Images (..., H, W) as (..., *size), every pixel that of the place it comes from: nothing is smoothed."""
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, images.shape[-2:]))
+    return images[..., rows[:, None], columns]
+
+
+def _palette():
+    """256 colours from black through red to yellow: uint8 (256, 3).
+
+    A curve in Oklab (Ottosson 2020) of evenly rising lightness: equal steps look equal, also in grey print and to the
+    colour-blind.
+    """
+    t = np.linspace(0, 1, 256)[:, None]
+    lab = ((1 - t)**2 * [0.12, 0.03, -0.08] + 2 * t * (1 - t) * [0.535, 0.23, 0.03] + t**2 * [0.95, -0.02, 0.125])
+    cones = lab @ [[1, 1, 1], [0.3963377774, -0.1055613458, -0.0894841775],
+                   [0.2158037573, -0.0638541728, -1.291485548]]
+    linear = cones**3 @ [[4.0767416621, -1.2684380046, -0.0041960863], [-3.3077115913, 2.6097574011, -0.7034186147],
+                         [0.2309699292, -0.3413193965, 1.7076147010]]
+    linear = linear.clip(0, 1)
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear**(1 / 2.4) - 0.055)
+    return np.rint(255 * srgb).astype(np.uint8)
+
+
+PALETTE = _palette()
+NO_DATA = (150, 160, 170)                                         # a grey that no palette has
+RAIN_CLASSES = (0.1, 0.5, 1, 2, 5, 10)                            # mm/h, the lower bounds of all classes but the first
+RAIN_COLOURS = np.concatenate([[[255, 255, 255]], PALETTE[::-1][np.linspace(8, 255, 6).astype(int)]]).astype(np.uint8)
+RAIN_LEGEND = [(NO_DATA, "no data")] + list(zip(RAIN_COLOURS.tolist(), ["< 0.1 mm/h"] + [
+    f"{low:g} - {high:g}" for low, high in zip(RAIN_CLASSES, RAIN_CLASSES[1:])] + [f">= {RAIN_CLASSES[-1]:g} mm/h"]))
+
+
+def heat(values, low, high):
+    """Values (...) in colours of PALETTE, uint8 (..., 3): `low` and less the darkest, `high` and more the lightest.
+
+    Raises ValueError for NaN and infinity, which no colour stands for.
+    """
+    values = torch.as_tensor(values).detach().cpu().double().numpy()
+    if not np.isfinite(values).all():
+        raise ValueError("NaN or infinity among the values to be drawn")
+    share = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return PALETTE[np.rint(share.clip(0, 1) * 255).astype(int)]
+
+
+def draw_cross(images, y, x, reach=4):
+    """Mark a pixel of uint8 images (..., H, W, 3) with a white "+" edged in black, its centre left open."""
+    height, width = images.shape[-3:-1]
+    for thick, colour in ((1, 0), (0, 255)):
+        for arm in (*range(-reach - thick, 0), *range(1, reach + thick + 1)):
+            for side in range(-thick, thick + 1):
+                for dy, dx in ((arm, side), (side, arm)):
+                    if (dy or dx) and 0 <= y + dy < height and 0 <= x + dx < width:
+                        images[..., y + dy, x + dx, :] = colour
+
+
+class Row(NamedTuple):
+    """A row of a sheet: panels of one size."""
+
+    label: str
+    images: np.ndarray          # uint8 (n, h, w), grey, or (n, h, w, 3), RGB
+    scale: tuple = None         # (low, high) of the palette, drawn to the right of the row
+    notes: dict = {}            # {number of a panel: a word written across it}
+
+
+def _constant(values):
+    """The notes of panels (n, h, w) that show nothing: all of one value, but for rounding."""
+    spread = values.max((1, 2)) - values.min((1, 2))
+    return {k: "constant" for k in np.flatnonzero(spread <= 1e-6 * np.abs(values).max((1, 2)))}
+
+
+def heat_row(label, values, size, low=None, high=None):
+    """Maps (n, h, w) of any values as a row of panels of `size`, in one scale from `low` to `high`: by default, theirs.
+
+    A constant panel is noted as such. Raises ValueError for NaN and infinity.
+    """
+    values = torch.as_tensor(values).detach().cpu().double().numpy()
+    low, high = (v if given is None else given for v, given in ((values.min(), low), (values.max(), high)))
+    images = heat(fit(values, size), low, high)
+    return Row(label, images, (float(low), float(high)), _constant(values))
+
+
+def film_rows(label, frames, unit=None, scale=None, shown=None):
+    """Frames (T, C, H, W) as rows of panels, one a channel, numbered where there are several.
+
+    unit: None, for grey frames in [0, 1]; "mm/h", for rain, in classes; any other, for a heat map of values in that unit
+    with its scale (low, high). shown: bool of the shape of frames, False where there are no data, or None.
+    A constant panel is noted as such.
+    """
+    values = torch.as_tensor(frames).detach().float().cpu()
+    notes = [_constant(channel) for channel in values.nan_to_num(0).numpy().swapaxes(0, 1)]
+    values = resize(values.numpy())
+    if unit is None:
+        images = levels(values)
+    elif unit == "mm/h":
+        images = RAIN_COLOURS[np.searchsorted(np.float32(RAIN_CLASSES), values, side="right")]
+    else:
+        images = heat(values, *scale)
+    if unit is not None and shown is not None:
+        images[~resize(torch.as_tensor(shown).cpu().numpy())] = NO_DATA
+    names = [label] if len(notes) == 1 else [f"{label} {c + 1}/{len(notes)}" for c in range(len(notes))]
+    bar = None if unit in (None, "mm/h") else scale
+    return [Row(name, images[:, c], bar, notes[c]) for c, name in enumerate(names)]
+
+
+def sheet(rows, title="", legend=(), gap=2):
+    """Rows of panels below each other on white: a uint8 image (H, W) where all panels are grey, else (H, W, 3).
+
+    rows: of three kinds: a text, which gets a line of its own; a list of texts, each above a column; a `Row`, its label
+    to the left. All panels have one width. legend: (colour, text) pairs for the foot of the sheet.
+    """
+    panels = [row for row in rows if isinstance(row, Row)]
+    width = panels[0].images.shape[2]
+    left = max(text_size(row.label)[1] for row in panels) + 3 * gap
+    right = left + max(len(row.images) for row in panels) * (width + gap)
+    across = max(right, *(text_size(text)[1] + 2 * gap for text in (title, *rows) if isinstance(text, str)))
+    bars = [row for row in panels if row.scale]
+    ends = {id(row): [f"{value:.3g}" for value in row.scale] for row in bars}
+    if bars:
+        across = max(across, right + 5 * gap + 8 + max(text_size(end)[1] for both in ends.values() for end in both))
+    across = max(across, sum(text_size(text)[1] + 22 for _, text in legend) + 2 * gap)
+    line = 7 + 3 * gap
+    heights = [row.images.shape[1] + gap if isinstance(row, Row) else line for row in rows]
+    top = line + gap if title else gap
+    down = top + sum(heights) + (line + 3 * gap if legend else 0)
+    grey = not legend and not bars and all(row.images.ndim == 3 for row in panels)
+    canvas = np.full((down, across) if grey else (down, across, 3), 255, np.uint8)
+
+    draw_text(canvas, 2 * gap, gap, title)
+    y = top
+    for row, height in zip(rows, heights):
+        if isinstance(row, str):
+            draw_text(canvas, y + gap, gap, row)
+        elif isinstance(row, list):
+            for column, text in enumerate(row):
+                draw_text(canvas, y + gap, left + column * (width + gap) + (width - text_size(text)[1]) // 2, text)
+        else:
+            high = height - gap
+            draw_text(canvas, y + (high - 7) // 2, gap, row.label)
+            for k, image in enumerate(row.images):
+                x = left + k * (width + gap)
+                canvas[y:y + high, x:x + width] = image if grey or image.ndim == 3 else image[..., None]
+                if note := row.notes.get(k):
+                    tall, wide = text_size(note)
+                    ny, nx = y + (high - tall) // 2, x + (width - wide) // 2
+                    canvas[ny - 2:ny + tall + 2, max(nx - 2, x):min(nx + wide + 2, x + width)] = 255
+                    draw_text(canvas, ny, nx, note)
+            if row.scale:
+                x = right + 2 * gap
+                canvas[y:y + high, x:x + 8] = PALETTE[np.linspace(255, 0, high).round().astype(int)][:, None]
+                draw_text(canvas, y, x + 8 + gap, ends[id(row)][1])
+                draw_text(canvas, y + high - 7, x + 8 + gap, ends[id(row)][0])
+        y += height
+    x = gap
+    for colour, text in legend:
+        canvas[y + gap:y + gap + 11, x:x + 11] = 0
+        canvas[y + gap + 1:y + gap + 10, x + 1:x + 10] = colour
+        draw_text(canvas, y + gap + 2, x + 14, text)
+        x += text_size(text)[1] + 22
+    return canvas
+
+
+def film_strip(rows, title=""):
     """Films below each other, a label to the left of each: a uint8 image (H, W), black on white.
 
     rows: a list of (label, frames), frames (T, C, H, W) in [0, 1], all of one frame size. Every channel gets a row of
     its own, numbered where there are several.
     """
-    lines = []
-    for label, frames in rows:
-        images = resize(levels(frames))                                                      # (T, C, h, w)
-        for c in range(images.shape[1]):
-            lines.append((label if images.shape[1] == 1 else f"{label} {c + 1}/{images.shape[1]}", images[:, c]))
-    height, width = lines[0][1].shape[1:]
-    left = max(text_size(label)[1] for label, _ in lines) + 3 * gap
-    top = 7 + 4 * gap if title else gap
-    columns = max(len(images) for _, images in lines)
-    across = max(left + columns * (width + gap), text_size(title)[1] + 2 * gap)
-    canvas = np.full((top + len(lines) * (height + gap), across), 255, np.uint8)
-    draw_text(canvas, 2 * gap, gap, title)
-    for row, (label, images) in enumerate(lines):
-        y = top + row * (height + gap)
-        draw_text(canvas, y + (height - 7) // 2, gap, label)
-        for column, image in enumerate(images):
-            x = left + column * (width + gap)
-            canvas[y:y + height, x:x + width] = image
-    return canvas
+    return sheet([row for label, frames in rows for row in film_rows(label, frames)], title)

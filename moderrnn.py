@@ -172,7 +172,8 @@ class MoDeRNN(nn.Module):
         setup: "patch4" or "fullres". variant: a key of VARIANTS.
         hidden, layers, kernel (of the gates, odd), patch: override the set-up.
     Attributes: `recompute`: set it to True to keep only the states between steps for the backward pass, and compute the
-    rest again there: less memory, more time, same gradients.
+    rest again there: less memory, more time, same gradients. `map_names`: what the maps of each entry
+    of `extras` are, in their order.
     Raises ValueError, in one line that names the way out, for arguments that cannot be built.
     """
 
@@ -194,6 +195,7 @@ class MoDeRNN(nn.Module):
                              f"the nearest sizes that can: {near[0]}×{near[1]}, {near[0] + patch}×{near[1] + patch}")
         self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
         self.hidden, self.patch, self.recompute = hidden, patch, False
+        self.map_names = {"weights": ("Attn_H", "Attn_X")}
 
         norm, tokens, grid = setup == "patch4", channels * patch**2, (height // patch, width // patch)
         self.embed = nn.Conv2d(tokens, hidden, 1)

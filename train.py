@@ -677,11 +677,17 @@ def trained(args, run):
 def command_eval(args):
     folder, weights, config, model, _, checkpoint = trained(args, args.eval)
     clips = open_run_data(config, args)
+    suffix = which_evaluation(args, config, clips, weights)
+    finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"], weights, suffix)
+
+
+def which_evaluation(args, config, clips, weights):
+    """Set how many test sequences to evaluate; returns the suffix of the evaluation's files: a run's own results stay."""
     suffix = "" if weights == "last" else f"-{weights}"
-    if args.eval_sequences not in (None, config["eval_sequences"]):     # the run's own results stay
+    if args.eval_sequences not in (None, config["eval_sequences"]):
         config["eval_sequences"] = min(args.eval_sequences, clips.test_count)
         suffix += f"-{config['eval_sequences']}-sequences"
-    finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"], weights, suffix)
+    return suffix
 
 
 def command_predict(args):
@@ -758,9 +764,266 @@ def cost(module, setup, variant, channels, side, frames):
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2
 
 
-COMMANDS = {"list": command_list, "eval": command_eval, "resume": command_resume, "predict": command_predict}
+# ------------------------------------------------------------------------------------------------------------ figures
+
+COLUMNS = 10                        # of a figure over time, at the most
+
+
+class Figures:
+    """A trained run and what is drawn from it.
+
+    Of a model's inside only the convention of `extras` is known. An entry is a tensor, or a list with one a layer.
+    "attention" is (B, steps, points, n, h, w): n maps of what each query point looks at. Any other is
+    (B, steps, C, h, w), or n such features, (B, steps, n, C, h, w); drawn is the mean of |x| over C.
+    `model.map_names[entry]` names the n.
+    """
+
+    def __init__(self, args, run):
+        self.folder, weights, self.config, self.model, self.device, checkpoint = trained(args, run)
+        self.iteration, self.validation = checkpoint["iteration"], checkpoint["validation"]
+        self.clips = open_run_data(self.config, args)
+        self.label = label_of(self.config, self.clips, self.iteration)
+        self.place = self.folder / ("figures" if weights == "last" else f"figures-{weights}")
+        suffix = which_evaluation(args, self.config, self.clips, weights)
+        self.count, results = self.config["eval_sequences"], self.folder / f"results{suffix}.json"
+        if not results.exists() or json.loads(results.read_text())["iteration"] != self.iteration:
+            finish(self.model, self.config, self.clips, self.folder, self.iteration, self.validation, weights, suffix)
+        self.results = json.loads(results.read_text())
+
+    def write(self, pictures):
+        self.place.mkdir(exist_ok=True)
+        for name, content in pictures.items():
+            print(data.write_whole(self.place / name, content))
+
+    def ranked(self):
+        """{"best": (number of a test sequence, its forecast's MSE), "median": …, "worst": …}"""
+        mse = torch.cat([metrics.frame_scores(*batch["forecast"])["mse"].mean(1).cpu() for batch in score_batches(
+            self.model, self.config, lambda *rows: (self.clips.test(*rows), self.clips.test_mask(*rows)),
+            self.count, self.device, Stop())])
+        if not mse.isfinite().all():
+            raise ValueError(f"its forecast of test sequence {mse.isfinite().tolist().index(False)} holds NaN")
+        order = mse.argsort(stable=True).tolist()
+        chosen = dict(best=order[0], median=order[len(order) // 2], worst=order[-1])
+        return {name: (number, mse[number].item()) for name, number in chosen.items()}
+
+    @torch.no_grad()
+    def forecast(self, number, extras="loss"):
+        """A test sequence (T, C, H, W), all predictions of it (T-1, C, H, W), clipped, and the model's extras."""
+        frames = self.clips.test(number, number + 1, self.device)
+        with autocast(self.device, self.config["precision"]):
+            predictions, found = self.model(frames[:, :self.clips.frames_in], horizon=self.clips.test_horizon,
+                                            extras=extras)
+        extras = {entry: [layer.float().cpu() for layer in (layers if isinstance(layers, list) else [layers])]
+                  for entry, layers in found.items() if entry != "loss"}
+        return frames[0].cpu(), predictions[0].float().clamp(0, 1).cpu(), extras
+
+    def films(self, ranked):
+        """Input, truth, forecast and their difference of the ranked test sequences, and the same in motion."""
+        past, unit, rows, moving = self.clips.frames_in, self.clips.unit, [], []
+        text, legend = unit_text(self.clips)
+        title = self.label + text
+        for name, (number, mse) in ranked.items():
+            frames, predictions, _ = self.forecast(number)
+            shown = shown_of(self.clips, number)
+            frames, forecast = in_units(self.clips, frames), in_units(self.clips, predictions[past - 1:])
+            error, scale = (forecast - frames[past:]).abs(), range_of(frames, forecast)
+            rows += [f"{name} of {self.count}: test sequence {number}, MSE {mse:.4g}",
+                     *data.film_rows("input", frames[:past], unit, scale, shown[:past]),
+                     *data.film_rows("truth", frames[past:], unit, scale, shown[past:]),
+                     *data.film_rows("forecast", forecast, unit, scale, shown[past:]),
+                     *data.film_rows("|difference|", error, unit, (0.0, error.max().item()), shown[past:])]
+            nothing = torch.zeros_like(frames[:past])
+            moving += zip(*(data.film_rows(name, film, unit, scale, shown) for film in (
+                frames, torch.cat([nothing, forecast]), torch.cat([nothing, error]))))
+        pictures = []
+        for t in range(len(frames)):
+            lines = [f"frame {t + 1} of {len(frames)}, {'read' if t < past else 'forecast'}",
+                     ["truth", "forecast", "|difference|"]]
+            for trio in moving:                                   # rows over all frames: truth, forecast, difference
+                images = np.stack([row.images[t] for row in trio])
+                notes = {k: row.notes[t] for k, row in enumerate(trio) if t in row.notes}
+                if t < past:
+                    images[1:], notes = 200, {1: "reading"}
+                lines.append(trio[0]._replace(images=images, notes=notes))
+            pictures.append(data.sheet(lines, title, legend))
+        return {"films.png": data.png_bytes(data.sheet(rows, title, legend)),
+                "films_animated.png": data.apng_bytes(pictures, 300)}
+
+    def curves(self):
+        """Frame-wise scores; the loss and the validation's MSE over the iterations."""
+        log = self.folder / "log.csv"
+        loss = [(int(row[0]), float(row[1])) for row in read_log(log)] if log.exists() else []
+        panels = []
+        for points, title, ylabel in ((loss, "training", f"{self.config['loss']} loss (sum over a frame)"),
+                                      (self.validation, "validation", "MSE of the forecast (sum over a frame)")):
+            xs, ys = ([point[axis] for point in points if point[0] <= self.iteration] for axis in (0, 1))
+            panels.append(dict(curves={title: (xs, ys)}, title=title, xlabel="iteration", ylabel=ylabel,
+                               log=all(y > 0 for y in ys)))
+        return {"curves.svg": score_curves([self]),
+                "training.svg": metrics.curve_panels_svg(panels, self.label).encode()}
+
+    def inside(self, number):
+        """What the model holds and looks at while it forecasts one test sequence."""
+        points = query_points(self.clips.test(number, number + 1)[0, self.clips.frames_in - 1])
+        frames, predictions, extras = self.forecast(number, points)
+        about = (f"test sequence {number}; up to t={self.clips.frames_in} it reads true frames, then its own forecasts; "
+                 f"a scale for each row")
+        reads, names = self.read_rows(frames, predictions), getattr(self.model, "map_names", {})
+        size = reads[-1].images.shape[1:3]
+        sheets = {"layers.png": [about, FEATURES, *reads, *self.feature_rows(extras, size)]}
+        for entry, layers in extras.items():
+            if layers[0].ndim != 6:
+                continue
+            for p, point in enumerate(points if entry == "attention" else [None]):
+                what = f"{entry} of + (y={point[0]}, x={point[1]})" if point else f"{entry}: {FEATURES}"
+                rows = [about, what, *self.read_rows(frames, predictions, point)]
+                for k in sorted({0, len(layers) - 1}):
+                    maps = layers[k][0, self.steps]               # (steps, points, n, h, w) or (steps, n, C, h, w)
+                    maps = maps[:, p] if point else maps.abs().mean(2)
+                    for n, name in enumerate(names.get(entry) or [f"{entry} {n + 1}" for n in range(maps.shape[1])]):
+                        row = data.heat_row(f"layer {k + 1}: {name}", maps[:, n], size, low=0 if point else None)
+                        if point:
+                            data.draw_cross(row.images, *panel_pixel(point, frames, size))
+                        rows.append(row)
+                sheets[f"{entry}_{p + 1}.png" if point else f"{entry}.png"] = rows
+        return {name: data.png_bytes(data.sheet(rows, self.label)) for name, rows in sheets.items()}
+
+    @property
+    def steps(self):
+        """The steps that are shown, evenly spread."""
+        total = self.clips.frames_in - 1 + self.clips.test_horizon
+        return slice(0, total, -(-total // COLUMNS))
+
+    def read_rows(self, frames, predictions, point=None):
+        """The frames that the model reads at the steps shown, under their times; with a query point, marked."""
+        past = self.clips.frames_in
+        read = torch.cat([frames[:past], predictions[past - 1:-1]])
+        rows = data.film_rows("reads", read[self.steps])
+        rows = [row._replace(images=row.images[..., None].repeat(3, -1)) for row in rows]         # in RGB, as the mark
+        if point:
+            for row in rows:
+                data.draw_cross(row.images, *panel_pixel(point, frames, row.images.shape[1:3]))
+        return [[f"t={t + 1}" for t in range(len(read))[self.steps]], *rows]
+
+    def feature_rows(self, extras, size):
+        """What comes once a step, the layers' outputs above all."""
+        return [data.heat_row(f"layer {k + 1}" if entry == "layers" else entry,
+                              layer[0, self.steps].abs().mean(1), size)
+                for entry, layers in extras.items() for k, layer in enumerate(layers) if layer.ndim == 5]
+
+
+FEATURES = "mean of |x| over channels"
+
+
+def query_points(frame):
+    """Two pixels (y, x) of a frame (C, H, W) to query attention at: in its brightest spot and in its emptiest area."""
+    grey, side, points = frame.mean(0, keepdim=True), min(frame.shape[1:]), []
+    for sign, window in ((1, side // 12 | 1), (-1, side // 4 | 1)):
+        means = torch.nn.functional.avg_pool2d(sign * grey, window, 1)[0]
+        y, x = divmod(int(means.argmax()), means.shape[1])
+        points.append((y + window // 2, x + window // 2))
+    return points
+
+
+def panel_pixel(point, frames, size):
+    """Where a pixel (y, x) of the frames lies in a panel of that size."""
+    return [(2 * at + 1) * new // (2 * old) for at, new, old in zip(point, size, frames.shape[-2:])]
+
+
+def unit_text(clips):
+    """What a title says of the data's unit, and the legend at the foot."""
+    return f", in {clips.unit}" if clips.unit else "", data.RAIN_LEGEND if clips.unit == "mm/h" else ()
+
+
+def in_units(clips, frames):
+    return clips.to_units(frames).float() if clips.unit else frames
+
+
+def range_of(*films):
+    """The least and the greatest value of films."""
+    return min(film.min().item() for film in films), max(film.max().item() for film in films)
+
+
+def shown_of(clips, number):
+    """Where a test sequence has data, bool (T, C, H, W)."""
+    mask = clips.test_mask(number, number + 1)
+    return torch.ones_like(clips.test(number, number + 1)[0], dtype=torch.bool) if mask is None else mask[0]
+
+
+def score_curves(runs):
+    """Frame-wise scores of runs, and of the last frame repeated, as SVG."""
+    results = runs[0].results
+    summaries = dict(zip(labels_of(runs), (run.results["forecast"] for run in runs)))
+    rain = [name for name in results["forecast"] if name.startswith(("csi_", "hss_"))]
+    panels = metrics.score_panels(summaries | {"last frame repeated": results["repeat_last"]},
+                                  ["mse", "mae", "psnr", "ssim", *rain])
+    return metrics.curve_panels_svg(panels, f"{results['data']}, {results['sequences']} test sequences").encode()
+
+
+def labels_of(runs):
+    """The runs' labels, with the folders' names where they would be the same."""
+    labels = [run.label for run in runs]
+    return labels if len(set(labels)) == len(runs) else [f"{run.folder.name}: {run.label}" for run in runs]
+
+
+def compare(runs, number):
+    """Several runs side by side: their scores, and their forecasts and layers on one test sequence."""
+    clips, past, shown = runs[0].clips, runs[0].clips.frames_in, shown_of(runs[0].clips, number)
+    found = [run.forecast(number, True) for run in runs]
+    frames = in_units(clips, found[0][0])
+    forecasts = [in_units(clips, predictions[past - 1:]) for _, predictions, _ in found]
+    scale = range_of(frames, *forecasts)
+    films = [*data.film_rows("input", frames[:past], clips.unit, scale, shown[:past]),
+             *data.film_rows("truth", frames[past:], clips.unit, scale, shown[past:])]
+    layers = [FEATURES]
+    for run, label, forecast, (sequence, predictions, extras) in zip(runs, labels_of(runs), forecasts, found):
+        films += [label, *data.film_rows("forecast", forecast, clips.unit, scale, shown[past:])]
+        reads = run.read_rows(sequence, predictions)
+        layers += [label, *reads, *run.feature_rows(extras, reads[-1].images.shape[1:3])]
+    title = f"{clips.name}, test sequence {number}"
+    unit, legend = unit_text(clips)
+    return {"comparison.svg": score_curves(runs),
+            "comparison.png": data.png_bytes(data.sheet(films, title + unit, legend)),
+            "comparison_layers.png": data.png_bytes(data.sheet(layers, title))}
+
+
+def command_figures(args):
+    """The papers' figures of each run, in its own folder; what compares several, in the first one's."""
+    runs = [Figures(args, run) for run in args.figures]
+    first, *others = runs
+    if len({run.place.resolve() for run in runs}) < len(runs):
+        raise UserError("--figures: a run is named twice")
+    for other in others:
+        for what in ("test_set", "frames_in", "test_horizon"):
+            one, two = getattr(first.clips, what), getattr(other.clips, what)
+            if one != two:
+                raise UserError(f"--figures: {first.folder} and {other.folder} differ in {what}, {one} and {two}: "
+                                f"they cannot be compared")
+        one, two = first.results["sequences"], other.results["sequences"]
+        if one != two:
+            raise UserError(f"--figures: {first.folder} was evaluated on {one} test sequences, {other.folder} on {two}: "
+                            f"add --eval-sequences {min(one, two)}")
+    drawn, medians = [], []
+    for run in runs:                # all is drawn before anything is written
+        try:
+            ranked = run.ranked()
+            medians.append(ranked["median"][0])
+            drawn.append(run.films(ranked) | run.curves() | run.inside(medians[-1]))
+        except ValueError as error:
+            raise RunError(f"{run.folder} cannot be drawn: {error}") from None
+    if others:
+        drawn[0] |= compare(runs, medians[0])
+    for run, pictures in zip(runs, drawn):
+        run.write(pictures)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+COMMANDS = {"list": command_list, "eval": command_eval, "resume": command_resume, "predict": command_predict,
+            "figures": command_figures}
 # What may be given beside a command; a training run takes every option.
 TAKES = {"list": {"setup", "data"}, "eval": {"device", "data_dir", "eval_sequences"}, "predict": {"data", "horizon", "device"},
+         "figures": {"device", "data_dir", "eval_sequences"},
          "resume": {"device", "data_dir", "iterations", "eval_every", "eval_sequences", "save_every"}}
 
 
@@ -792,6 +1055,7 @@ def parse(argv):
     p.add_argument("--quick", action="store_true", default=None, help="a two-minute demonstration on moving_digits, on any machine")
     p.add_argument("--list", action="store_true", default=None, help="every model and variant with its cost; with --data, the papers' cost tables")
     p.add_argument("--eval", metavar="RUN", help="evaluate a run again; RUN: its folder or a checkpoint")
+    p.add_argument("--figures", metavar="RUN", nargs="+", help="draw the papers' figures from trained runs")
     p.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, from exactly where it stood")
     p.add_argument("--predict", metavar="RUN", help="forecast beyond the end of --data X, a .npy of yours; writes .npy and a picture")
     p.add_argument("--variant", help="an ablation of the model's paper (full)")

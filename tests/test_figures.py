@@ -1,0 +1,410 @@
+"""`--figures`: the pictures and curves that a run leaves behind, opened and looked into."""
+
+import json
+import struct
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_contract import CASES, small
+from test_data import chunks, pixels
+
+import data
+import metrics
+import train
+
+TINY = ("--data moving_digits --device cpu --setup patch4 --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 "
+        "--horizon 3 --iterations 1 --eval-sequences 4").split()
+ALWAYS = {"films.png", "films_animated.png", "curves.svg", "training.svg", "layers.png"}
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments):
+    return train.main([str(a) for a in arguments])
+
+
+def made(model, *arguments, name="a"):
+    """A trained run: its folder."""
+    assert run(model, *TINY, "--name", name, *arguments) == 0
+    return Path("runs") / name
+
+
+def refused(capsys, *arguments, status=2):
+    """The one line that a refusal prints."""
+    capsys.readouterr()
+    assert run(*arguments) == status
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+def decoded(path):
+    """The pixels of a PNG file."""
+    found = chunks(Path(path).read_bytes())
+    return pixels(found[0][1], dict(found)[b"IDAT"])
+
+
+def places(image, picture):
+    """Where in an image a smaller one stands, pixel by pixel: [(y, x), …]."""
+    if image.ndim > picture.ndim:
+        picture = np.repeat(picture[..., None], 3, -1)
+    (height, width), spots = picture.shape[:2], np.argwhere(np.ones(np.subtract(image.shape[:2], picture.shape[:2]) + 1))
+    for y, x in np.ndindex(height, width):
+        if not len(spots):
+            break
+        same = image[spots[:, 0] + y, spots[:, 1] + x] == picture[y, x]
+        spots = spots[same if same.ndim == 1 else same.all(1)]
+    return [tuple(spot) for spot in spots.tolist()]
+
+
+def says(image, text):
+    """Where a text stands in an image."""
+    written = np.full(data.text_size(text), 255, np.uint8)
+    data.draw_text(written, 0, 0, text)
+    return places(image, written)
+
+
+def curves(path):
+    """{(title of a panel, label): (x, y)} of an SVG's curves, which must each be in one piece."""
+    found = {}
+    for panel in ElementTree.parse(path).getroot().iter("{http://www.w3.org/2000/svg}g"):
+        title = panel.find("{http://www.w3.org/2000/svg}text").text
+        for line in panel.iter("{http://www.w3.org/2000/svg}polyline"):
+            values = [list(map(float, line.get(axis).split())) for axis in ("data-x", "data-values")]
+            assert len(line.get("points").split()) == len(values[0])
+            assert (title, line.get("data-label")) not in found
+            found[title, line.get("data-label")] = values
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- primitives
+
+def test_the_palette_rises_evenly_in_lightness_and_stays_readable_to_the_colour_blind():
+    linear = np.where(data.PALETTE <= 10, data.PALETTE / 255 / 12.92, ((data.PALETTE / 255 + 0.055) / 1.055) ** 2.4)
+    # Viénot et al. 1999: what remains of the colours without the cones for green, then for red
+    blind = [np.array(m) for m in ([[0.2928, 0.7072, 0], [0.2928, 0.7072, 0], [-0.0223, 0.0223, 1]],
+                                   [[0.1124, 0.8876, 0], [0.1124, 0.8876, 0], [0.0040, -0.0040, 1]])]
+    for seen in (linear, *(linear @ m.T for m in blind)):
+        luminance = seen @ [0.2126, 0.7152, 0.0722]
+        lightness = np.where(luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance)      # CIE L*
+        coarse = np.diff(lightness[15::16])                       # 8-bit levels hide single steps
+        assert (coarse > 2).all() and coarse.max() < 3 * coarse.min()
+    assert len(np.unique(data.PALETTE, axis=0)) == 256
+
+
+def test_heat_maps_values_to_colours():
+    shown = data.heat(torch.tensor([[0.0, 1.0, 2.0, 3.0, -9.0, 9.0]]), 0, 3)
+    assert (shown == data.PALETTE[[[0, 85, 170, 255, 0, 255]]]).all()
+    assert (data.heat(torch.full((2, 2), 5.0), 5, 5) == data.PALETTE[0]).all()
+    for bad in ("nan", "inf"):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            data.heat(torch.tensor([0.0, float(bad)]), 0, 1)
+
+
+def test_a_heat_row_has_one_scale_and_says_which_panels_are_constant():
+    values = torch.rand(3, 4, 4)
+    values[1] = 0.1 + 1e-9
+    row = data.heat_row("x", values, (8, 12))
+    assert row.images.shape == (3, 8, 12, 3) and row.notes == {1: "constant"}
+    assert row.scale == (values.min().item(), values.max().item())
+    assert (row.images[:, ::2, ::3] == data.heat(values, *row.scale)).all()
+    assert (row.images[:, 1::2, 2::3] == row.images[:, ::2, ::3]).all()      # magnified, not smoothed
+
+
+def test_rain_is_drawn_in_classes():
+    rain = torch.tensor([0, 0.0999, 0.1, 0.4999, 0.5, 1, 2, 4.999, 5, 10, 99]).float().view(1, 1, 1, -1)
+    rain = rain.expand(1, 1, 11, 11)
+    shown = torch.ones_like(rain, dtype=torch.bool)
+    shown[..., 0, 0] = False
+    row, = data.film_rows("rain", rain, "mm/h", None, shown)
+    assert row.scale is None and row.images.shape == (1, 55, 55, 3)
+    assert (row.images[0, 7, 2::5] == data.RAIN_COLOURS[[0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6]]).all()
+    assert (row.images[0, :5, :5] == data.NO_DATA).all()
+    assert [text for _, text in data.RAIN_LEGEND] == [
+        "no data", "< 0.1 mm/h", "0.1 - 0.5", "0.5 - 1", "1 - 2", "2 - 5", "5 - 10", ">= 10 mm/h"]
+    image = data.sheet([row], "a title", data.RAIN_LEGEND)
+    for colour, text in data.RAIN_LEGEND:
+        (y, x), = says(image, text)
+        assert (image[y, x - 10] == colour).all()
+
+
+def test_a_sheet_puts_its_rows_below_each_other():
+    frames = torch.rand(2, 1, 64, 80)
+    frames[1] = 0.5
+    rows = data.film_rows("film", frames) + [data.heat_row("map", torch.rand(2, 8, 8), (64, 80), 0, 2)]
+    image = data.sheet(["a line", ["first", "second", "third"], *rows], "title")
+    film, second = places(image, data.levels(frames[0, 0])), says(image, "second")
+    assert len(film) == len(second) == len(says(image, "a line")) == len(says(image, "title")) == 1
+    y, x = film[0]
+    assert (image[y, x + 82] == 128).all() and len(says(image[y:y + 64, x + 82:x + 162], "constant")) == 1
+    assert places(image, rows[1].images[0]) == [(y + 66, x)] and abs(second[0][1] + 17 - (x + 82 + 40)) <= 1
+    (top, _), (bottom, right), = *says(image, "2"), *says(image, "0")
+    assert y + 66 <= top < bottom < y + 130 and (image[y + 66, right - 6] == data.PALETTE[255]).all()
+    assert (image[y + 129, right - 6] == data.PALETTE[0]).all()
+    assert data.sheet(rows[:1]).ndim == 2                         # grey stays grey
+
+
+def test_a_cross_marks_a_pixel_and_leaves_it_open():
+    images = np.full((2, 20, 20, 3), 77, np.uint8)
+    data.draw_cross(images, 0, 10)
+    assert (images[:, 0, 10] == 77).all() and (images[:, 0, [8, 12]] == 255).all() and (images[:, 3, 10] == 255).all()
+    assert (images[:, 1, 9] == 0).all() and (images[:, 12:] == 77).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+@pytest.mark.parametrize("model, variant, own", [
+    ("convlstm", "full", set()), ("predrnn", "full", set()), ("ms_lstm", "full", set()),
+    ("sa_convlstm", "full", {"attention_1.png", "attention_2.png"}), ("sa_convlstm", "memory", set()),
+    ("moderrnn", "full", {"weights.png"}),
+    ("cms_lstm", "full", {"attention_1.png", "attention_2.png", "ce_input.png"}), ("cms_lstm", "no_se", {"ce_input.png"}),
+])
+def test_every_model_gets_its_figures(capsys, model, variant, own):
+    folder = made(model, "--variant", variant, *(["--layers", 4] if model == "ms_lstm" else []))
+    capsys.readouterr()
+    assert run("--figures", folder, "--device", "cpu") == 0
+    written = {path.name for path in (folder / "figures").iterdir()}
+    assert written == ALWAYS | own
+    assert set(capsys.readouterr().out.split()) == {str(folder / "figures" / name) for name in written}
+    label = f"{model} {variant} patch4, moving_digits, iteration 1"
+    for name in written:
+        if name.endswith(".png"):
+            assert len(says(decoded(folder / "figures" / name), label)) == 1
+        else:
+            assert label in (folder / "figures" / name).read_text()
+
+
+@pytest.mark.parametrize("name, setup, variant", CASES)
+def test_every_map_of_extras_has_a_name(name, setup, variant):
+    model = small(name, setup, variant)
+    _, found = model(torch.rand(1, 3, 1, 16, 16), extras=[(0, 0), (5, 9)])
+    for entry, layers in found.items():
+        for layer in layers if isinstance(layers, list) else [layers]:
+            if entry == "attention":
+                assert layer.shape[:3] == (1, 2, 2) and layer.shape[3] == len(model.map_names[entry])
+            elif layer.ndim == 6:
+                assert layer.shape[:3] == (1, 2, len(model.map_names[entry]))
+            elif entry != "loss":
+                assert layer.ndim == 5
+
+
+@torch.no_grad()
+def looked_at(folder, number=None, extras="loss", clips=None):
+    """(frames, predictions, extras) of one test sequence, or of the first four."""
+    config = json.loads((folder / "config.json").read_text())
+    model = train.build(config)
+    model.load_state_dict(torch.load(folder / "last.pt", weights_only=True)["model"])
+    clips = clips or data.open_data("moving_digits", frames_in=3, horizon=3)
+    frames = clips.test(0, 4) if number is None else clips.test(number, number + 1)
+    return (frames, *model(frames[:, :3], horizon=3, extras=extras))
+
+
+def test_the_films_are_those_of_the_best_the_median_and_the_worst_sequence():
+    folder = made("convlstm")
+    assert run("--figures", folder) == 0
+    frames, predictions, _ = looked_at(folder)
+    forecast = predictions[:, -3:].clamp(0, 1)
+    mse = (forecast.double() - frames[:, 3:]).square().sum((2, 3, 4)).mean(1)
+    order = mse.argsort().tolist()
+    image = decoded(folder / "figures" / "films.png")
+    assert image.ndim == 2
+    shown = dict(best=order[0], median=order[2], worst=order[3])
+    for name, k in shown.items():
+        (y, _), = says(image, f"{name} of 4: test sequence {k}, MSE {mse[k]:.4g}")
+        films = frames[k, :3], frames[k, 3:], forecast[k], (forecast[k] - frames[k, 3:]).abs()
+        for row, (label, film) in enumerate(zip(("input", "truth", "forecast", "|difference|"), films)):
+            x = 12 * 6 - 1 + 6                                    # behind the longest label
+            top = y + 11 + row * 66
+            assert len(says(image[top:top + 64], label)) == 1
+            for t in range(3):
+                panel = image[top:top + 64, x + 66 * t:x + 66 * t + 64]
+                difference = np.abs(panel.astype(int) - data.levels(film[t, 0]))
+                assert difference.max() <= 1, (name, label, t)    # forecasts of a batch of one round otherwise
+
+    found = chunks((folder / "figures" / "films_animated.png").read_bytes())
+    assert struct.unpack(">II", dict(found)[b"acTL"]) == (6, 0)
+    packed = [body if kind == b"IDAT" else body[4:] for kind, body in found if kind in (b"IDAT", b"fdAT")]
+    for t, body in enumerate(packed):
+        picture = pixels(found[0][1], body)
+        assert says(picture, f"frame {t + 1} of 6, {'read' if t < 3 else 'forecast'}")
+        for name, k in shown.items():
+            (y, x), = places(picture, data.levels(frames[k, t, 0]))
+            assert says(picture[y:y + 64, :x], name)
+            if t < 3:
+                assert says(picture[y:y + 64, x + 66:x + 130], "reading")
+            else:
+                panel = picture[y:y + 64, x + 66:x + 130].astype(int)
+                assert np.abs(panel - data.levels(forecast[k, t - 3, 0])).max() <= 1
+
+
+def test_the_curves_are_the_results_and_the_log():
+    folder = made("convlstm", "--iterations", 23, "--eval-every", 8)
+    assert run("--figures", folder) == 0
+    results = json.loads((folder / "results.json").read_text())
+    label = "convlstm full patch4, moving_digits, iteration 23"
+    expected = {}
+    for metric in ("mse", "mae", "psnr", "ssim"):
+        for curve, name in ((label, "forecast"), ("last frame repeated", "repeat_last")):
+            expected[metrics.NAMES[metric][0], curve] = [[1, 2, 3], results[name][metric]["frames"]]
+    assert curves(folder / "figures" / "curves.svg") == expected
+    log = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()[1:]]
+    assert len(log) == 3 and [k for k, _ in results["validation"]] == [8, 16, 23]
+    assert curves(folder / "figures" / "training.svg") == {
+        ("training", "training"): [[float(row[0]) for row in log], [float(row[1]) for row in log]],
+        ("validation", "validation"): [list(map(float, column)) for column in zip(*results["validation"])]}
+
+
+def test_attention_is_drawn_where_the_model_looks():
+    folder = made("sa_convlstm")
+    assert run("--figures", folder, "--eval-sequences", 3) == 0
+    image = decoded(folder / "figures" / "attention_1.png")
+    frames, predictions, _ = looked_at(folder)
+    mse = (predictions[:3, -3:].clamp(0, 1).double() - frames[:3, 3:]).square().sum((2, 3, 4)).mean(1)
+    number = mse.argsort().tolist()[1]
+    point = train.query_points(frames[number, 2])[0]
+    near = frames[number, 2, 0, point[0] - 2:point[0] + 3, point[1] - 2:point[1] + 3]
+    assert near.mean() == pytest.approx(torch.nn.functional.avg_pool2d(frames[number, 2], 5, 1).max().item())
+    assert says(image, f"attention of + (y={point[0]}, x={point[1]})")
+    _, _, found = looked_at(folder, number, [point])
+    for layer in (0, 1):
+        for n, name in enumerate(("Z_h", "Z_m")):
+            maps = found["attention"][layer][0, :, 0, n]          # (5, 16, 16)
+            (y, x), = says(image, f"layer {layer + 1}: {name}")
+            x, y = 2 + 12 * 6 - 1 + 4, y - 28
+            for t in range(5):
+                panel = image[y:y + 64, x + 66 * t:x + 66 * t + 64]
+                if name == "Z_m" and t == 0:                      # the memory is empty at first
+                    assert says(panel, "constant")
+                    assert (panel[0, 0] == data.heat(maps[0, 0, 0], 0, maps.max().item())).all()
+                    continue
+                assert not says(panel, "constant")
+                right = np.ones((64, 64), bool)
+                right[max(point[0] - 6, 0):point[0] + 7, max(point[1] - 6, 0):point[1] + 7] = False      # the mark
+                expected = data.heat(data.fit(maps[t].numpy(), (64, 64)), 0, maps.max().item())
+                assert (panel == expected)[right].mean() > 0.99
+                assert (panel[point[0] + 2, point[1]] == 255).all() and not (panel[point] == 255).all()
+
+
+def test_layers_are_drawn_at_their_own_resolution_and_the_steps_are_spread():
+    folder = made("ms_lstm", "--layers", 4, "--frames-in", 9, "--horizon", 9, "--patch", 2)
+    assert run("--figures", folder) == 0
+    image = decoded(folder / "figures" / "layers.png")
+    shown = [t for t in range(1, 18) if says(image, f"t={t}")]
+    assert shown == [1, 3, 5, 7, 9, 11, 13, 15, 17]
+    for layer, side in ((1, 32), (2, 16), (3, 16), (4, 32)):
+        (y, _), = says(image, f"layer {layer}")
+        panel, block = image[y - 28:y + 36, 2 + 7 * 6 - 1 + 4:][:, :64], 64 // side
+        small_map = panel[::block, ::block]
+        assert (small_map.repeat(block, 0).repeat(block, 1) == panel).all()
+        assert not (small_map[::2] == small_map[1::2]).all()      # and not smaller still
+
+
+def test_several_runs_side_by_side(capsys):
+    one, two = made("convlstm"), made("moderrnn", "--horizon", 3, name="b")
+    assert run("--figures", one, two) == 0
+    assert {path.name for path in (one / "figures").iterdir()} - ALWAYS == {
+        "comparison.svg", "comparison.png", "comparison_layers.png"}
+    assert {path.name for path in (two / "figures").iterdir()} - ALWAYS == {"weights.png"}
+    labels = [f"{model} full patch4, moving_digits, iteration 1" for model in ("convlstm", "moderrnn")]
+    found = curves(one / "figures" / "comparison.svg")
+    assert set(found) == {(panel, label) for panel in ("MSE", "MAE", "PSNR", "SSIM")
+                          for label in (*labels, "last frame repeated")}
+    for folder, label in zip((one, two), labels):
+        results = json.loads((folder / "results.json").read_text())
+        assert found["MSE", label][1] == results["forecast"]["mse"]["frames"]
+    for name in ("comparison.png", "comparison_layers.png"):
+        image = decoded(one / "figures" / name)
+        (y, _), (z, _), = *says(image, labels[0]), *says(image, labels[1])
+        assert y < z
+    three = made("convlstm", name="c")
+    assert run("--figures", one, three) == 0                      # alike but for their folders' names
+    assert {label for _, label in curves(one / "figures" / "comparison.svg")} == {
+        f"a: {labels[0]}", f"c: {labels[0]}", "last frame repeated"}
+
+
+class Units(data.Windows):
+    """Two-channel flows or rain, with a corner of no data where it rains."""
+
+    def to_units(self, frames):
+        return frames * 20
+
+    def test_mask(self, start, stop, device="cpu"):
+        mask = torch.ones_like(self.test(start, stop), dtype=torch.bool)
+        mask[..., :4, :4] = False
+        return mask if self.unit == "mm/h" else None
+
+
+@pytest.mark.parametrize("unit, channels", [("mm/h", 1), ("vehicles", 2)])
+def test_units_get_rain_classes_or_a_scale(monkeypatch, unit, channels):
+    frames = np.random.default_rng(0).random((90, channels, 32, 32)).astype(np.float32)
+    parts = {part: (frames, np.arange(start, start + 30, 6))
+             for part, start in (("train", 0), ("valid", 30), ("test", 60))}
+    clips = Units("flows", parts, 3, 3, scale=data.PLAIN, unit=unit)
+    monkeypatch.setattr(data, "open_data", lambda *_, **__: clips)
+    folder = made("convlstm", "--patch", 2, "--eval-sequences", 1)
+    assert run("--figures", folder, "--eval-sequences", 3) == 0
+    image = decoded(folder / "figures" / "films.png")
+    assert says(image, f"convlstm full patch4, flows, iteration 1, in {unit}")
+    clip, predictions, _ = looked_at(folder, clips=clips)
+    for k in range(3):
+        film = clip[k] * 20
+        if unit == "mm/h":
+            colours = data.RAIN_COLOURS[(film[..., None] >= torch.tensor(data.RAIN_CLASSES)).sum(-1).numpy()]
+            colours[..., :4, :4, :] = data.NO_DATA
+        else:
+            everything = torch.cat([film, predictions[k, -3:].clamp(0, 1) * 20])
+            colours = data.heat(film, everything.min().item(), everything.max().item())
+        for t in range(6):
+            for c in range(channels):
+                (_, x), = places(image, colours[t, c].repeat(2, 0).repeat(2, 1))
+                assert x == 2 + (12 if channels == 1 else 16) * 6 - 1 + 4 + 66 * (t % 3)
+    found = curves(folder / "figures" / "curves.svg")
+    assert ({panel for panel, _ in found} > {"CSI 0.5", "HSS 5"}) == (unit == "mm/h")
+    if unit == "mm/h":
+        results = json.loads((folder / "results-3-sequences.json").read_text())
+        assert found["CSI 2", "convlstm full patch4, flows, iteration 1"][1] == results["forecast"]["csi_2"]["frames"]
+        assert len(says(image, "no data")) == len(says(image, "< 0.1 mm/h")) == 1
+    else:
+        assert len(says(image, "truth 1/2")) == len(says(image, "truth 2/2")) == 3
+        assert all(says(image[y - 40:y + 40], "0") for y, _ in says(image, "truth 1/2"))
+
+
+def test_a_checkpoint_and_a_run_that_was_never_evaluated(capsys):
+    folder = made("convlstm")
+    (folder / "results.json").unlink()
+    assert run("--figures", folder) == 0
+    assert json.loads((folder / "results.json").read_text())["iteration"] == 1
+    assert run("--figures", folder / "best.pt") == 0
+    assert (folder / "figures-best" / "films.png").exists() and (folder / "results-best.json").exists()
+
+
+def test_what_cannot_be_drawn_is_said_in_one_line(capsys):
+    one = made("convlstm")
+    assert "no such run" in refused(capsys, "--figures", "runs/none")
+    assert "named twice" in refused(capsys, "--figures", one, f"{one}/last.pt")
+    assert "does not go with --figures" in refused(capsys, "--figures", one, "--batch", 3)
+    assert "--device" in refused(capsys, "--figures", one, "--device", "tpu")
+    assert "give a MODEL, or one of" in refused(capsys, "convlstm", "--figures", one)
+    longer = made("convlstm", "--horizon", 4, name="b")
+    line = refused(capsys, "--figures", one, longer)
+    assert "cannot be compared" in line and str(one) in line and str(longer) in line
+    fewer = made("convlstm", "--eval-sequences", 2, name="c")
+    assert "add --eval-sequences 2" in refused(capsys, "--figures", one, fewer)
+    assert run("--figures", one, fewer, "--eval-sequences", 2) == 0
+    assert json.loads((one / "results-2-sequences.json").read_text())["sequences"] == 2
+    for path in (one / "figures").iterdir():
+        path.unlink()
+    checkpoint = torch.load(one / "last.pt", weights_only=True)
+    checkpoint["model"]["output.bias"][0] = float("nan")
+    torch.save(checkpoint, one / "last.pt")
+    line = refused(capsys, "--figures", one, status=1)
+    assert "NaN" in line and str(one) in line
+    assert not list((one / "figures").iterdir())
+    (longer / "figures").write_text("in the way")
+    assert "figures" in refused(capsys, "--figures", longer)
