@@ -99,6 +99,19 @@ def test_a_whole_run(capsys):
     assert not list(folder.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("name, variant, setup", [
+    pytest.param(name, variant, setup, marks=() if (variant, setup) == ("full", "patch4") else pytest.mark.slow)
+    for name in train.MODELS for variant in train.model_file(name).VARIANTS for setup in ("patch4", "fullres")])
+def test_every_variant_runs_end_to_end(name, variant, setup, capsys):
+    assert run(name, *TINY[1:], "--variant", variant, "--setup", setup, "--patch", 8, "--iterations", 2, "--name", "a") == 0
+    results = json.loads(Path("runs/a/results.json").read_text())
+    assert (results["model"], results["variant"], results["setup"]) == (name, variant, setup)
+    assert all(np.isfinite(results["forecast"][metric]["mean"]) for metric in ("mse", "mae", "psnr", "ssim"))
+    before = final("runs/a")
+    assert run("--eval", "runs/a") == 0
+    assert_same(final("runs/a"), before)
+
+
 def test_runs_get_numbers(capsys):
     for n in (1, 2):
         assert run(*TINY, "--iterations", 1, "--eval-sequences", 1) == 0
