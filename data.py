@@ -1040,7 +1040,7 @@ def _taxibj_of_days(frames, index, setup, frames_in, horizon):
               f"{index['dropped']} days without all 48 slots dropped"]
     frames = frames[:, :1] if setup == "fullres" else frames
     parts = {"train": (frames, train), "valid": (frames, valid), "test": (frames, test)}
-    return Windows("taxibj", parts, frames_in, horizon, scale=scale, unit="taxis in 30 min", notes=notes,
+    return Windows("taxibj", parts, frames_in, horizon, scale=scale, unit="taxis per 30 min", notes=notes,
                    test_set=f"the last {TAXIBJ_TEST} windows{', inflow alone' if setup == 'fullres' else ''}")
 
 
@@ -1667,15 +1667,14 @@ def _constant(values):
     return {k: "constant" for k in np.flatnonzero(spread <= 1e-6 * np.abs(values).max((1, 2)))}
 
 
-def heat_row(label, values, size, low=None, high=None):
-    """Maps (n, h, w) of any values as a row of panels of `size`, in one scale from `low` to `high`: by default, theirs.
+def heat_row(label, values, size):
+    """Maps (n, h, w) of any values as a row of panels of `size`, in one scale from their least to their greatest value.
 
     A constant panel is noted as such. Raises ValueError for NaN and infinity.
     """
     values = torch.as_tensor(values).detach().cpu().double().numpy()
-    low, high = (v if given is None else given for v, given in ((values.min(), low), (values.max(), high)))
-    images = heat(fit(values, size), low, high)
-    return Row(label, images, (float(low), float(high)), _constant(values))
+    scale = values.min().item(), values.max().item()
+    return Row(label, heat(fit(values, size), *scale), scale, _constant(values))
 
 
 def film_rows(label, frames, unit=None, scale=None, shown=None):
@@ -1713,7 +1712,7 @@ def sheet(rows, title="", legend=(), gap=2):
     right = left + max(len(row.images) for row in panels) * (width + gap)
     across = max(right, *(text_size(text)[1] + 2 * gap for text in (title, *rows) if isinstance(text, str)))
     bars = [row for row in panels if row.scale]
-    ends = {id(row): [f"{value:.3g}" for value in row.scale] for row in bars}
+    ends = {id(row): [f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" for value in row.scale] for row in bars}
     if bars:
         across = max(across, right + 5 * gap + 8 + max(text_size(end)[1] for both in ends.values() for end in both))
     across = max(across, sum(text_size(text)[1] + 22 for _, text in legend) + 2 * gap)
@@ -1746,8 +1745,8 @@ def sheet(rows, title="", legend=(), gap=2):
             if row.scale:
                 x = right + 2 * gap
                 canvas[y:y + high, x:x + 8] = PALETTE[np.linspace(255, 0, high).round().astype(int)][:, None]
-                draw_text(canvas, y, x + 8 + gap, ends[id(row)][1])
-                draw_text(canvas, y + high - 7, x + 8 + gap, ends[id(row)][0])
+                draw_text(canvas, y + gap, x + 8 + gap, ends[id(row)][1])
+                draw_text(canvas, y + high - 7 - gap, x + 8 + gap, ends[id(row)][0])
         y += height
     x = gap
     for colour, text in legend:

@@ -9,7 +9,7 @@ Nothing here knows a model's inside: a model file is picked by name, and its con
 is used. A run is a pure function of its settings: clips and sampling masks depend on (seed, iteration) alone, so a
 checkpoint needs no random state, and a resumed run goes on bit for bit.
 
-Sections: errors and interruptions; processes; settings; training; evaluation; runs; commands.
+Sections: errors and interruptions; processes; settings; training; evaluation; runs; commands; figures; command line.
 """
 
 import argparse
@@ -881,7 +881,7 @@ class Figures:
                     maps = layers[k][0, self.steps]               # (steps, points, n, h, w) or (steps, n, C, h, w)
                     maps = maps[:, p] if point else maps.abs().mean(2)
                     for n, name in enumerate(names.get(entry) or [f"{entry} {n + 1}" for n in range(maps.shape[1])]):
-                        row = data.heat_row(f"layer {k + 1}: {name}", maps[:, n], size, low=0 if point else None)
+                        row = data.heat_row(f"layer {k + 1}: {name}", maps[:, n], size)
                         if point:
                             data.draw_cross(row.images, *panel_pixel(point, frames, size))
                         rows.append(row)

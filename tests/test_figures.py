@@ -137,14 +137,14 @@ def test_rain_is_drawn_in_classes():
 def test_a_sheet_puts_its_rows_below_each_other():
     frames = torch.rand(2, 1, 64, 80)
     frames[1] = 0.5
-    rows = data.film_rows("film", frames) + [data.heat_row("map", torch.rand(2, 8, 8), (64, 80), 0, 2)]
+    rows = data.film_rows("film", frames) + [data.heat_row("map", torch.arange(128).view(2, 8, 8), (64, 80))]
     image = data.sheet(["a line", ["first", "second", "third"], *rows], "title")
     film, second = places(image, data.levels(frames[0, 0])), says(image, "second")
     assert len(film) == len(second) == len(says(image, "a line")) == len(says(image, "title")) == 1
     y, x = film[0]
     assert (image[y, x + 82] == 128).all() and len(says(image[y:y + 64, x + 82:x + 162], "constant")) == 1
     assert places(image, rows[1].images[0]) == [(y + 66, x)] and abs(second[0][1] + 17 - (x + 82 + 40)) <= 1
-    (top, _), (bottom, right), = *says(image, "2"), *says(image, "0")
+    (top, _), (bottom, right), = *says(image, "127"), *says(image, "0")
     assert y + 66 <= top < bottom < y + 130 and (image[y + 66, right - 6] == data.PALETTE[255]).all()
     assert (image[y + 129, right - 6] == data.PALETTE[0]).all()
     assert data.sheet(rows[:1]).ndim == 2                         # grey stays grey
@@ -276,17 +276,17 @@ def test_attention_is_drawn_where_the_model_looks():
         for n, name in enumerate(("Z_h", "Z_m")):
             maps = found["attention"][layer][0, :, 0, n]          # (5, 16, 16)
             (y, x), = says(image, f"layer {layer + 1}: {name}")
-            x, y = 2 + 12 * 6 - 1 + 4, y - 28
+            x, y, ends = 2 + 12 * 6 - 1 + 4, y - 28, (maps.min().item(), maps.max().item())
             for t in range(5):
                 panel = image[y:y + 64, x + 66 * t:x + 66 * t + 64]
                 if name == "Z_m" and t == 0:                      # the memory is empty at first
                     assert says(panel, "constant")
-                    assert (panel[0, 0] == data.heat(maps[0, 0, 0], 0, maps.max().item())).all()
+                    assert (panel[0, 0] == data.heat(maps[0, 0, 0], *ends)).all()
                     continue
                 assert not says(panel, "constant")
                 right = np.ones((64, 64), bool)
                 right[max(point[0] - 6, 0):point[0] + 7, max(point[1] - 6, 0):point[1] + 7] = False      # the mark
-                expected = data.heat(data.fit(maps[t].numpy(), (64, 64)), 0, maps.max().item())
+                expected = data.heat(data.fit(maps[t].numpy(), (64, 64)), *ends)
                 assert (panel == expected)[right].mean() > 0.99
                 assert (panel[point[0] + 2, point[1]] == 255).all() and not (panel[point] == 255).all()
 
