@@ -786,9 +786,10 @@ class Figures:
         self.place = self.folder / ("figures" if weights == "last" else f"figures-{weights}")
         suffix = which_evaluation(args, self.config, self.clips, weights)
         self.count, results = self.config["eval_sequences"], self.folder / f"results{suffix}.json"
-        if not results.exists() or json.loads(results.read_text())["iteration"] != self.iteration:
+        self.results = read_results(results)
+        if self.results is None or self.results["iteration"] != self.iteration:
             finish(self.model, self.config, self.clips, self.folder, self.iteration, self.validation, weights, suffix)
-        self.results = json.loads(results.read_text())
+            self.results = read_results(results)
 
     def write(self, pictures):
         self.place.mkdir(exist_ok=True)
@@ -915,6 +916,18 @@ class Figures:
 FEATURES = "mean of |x| over channels"
 
 
+def read_results(path):
+    """A results.json, or None where there is none."""
+    try:
+        results = json.loads(path.read_text())
+        results["iteration"], results["sequences"], results["forecast"], results["repeat_last"]
+        return results
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is damaged: delete it to have the run evaluated again") from None
+
+
 def query_points(frame):
     """Two pixels (y, x) of a frame (C, H, W) to query attention at: in its brightest spot and in its emptiest area."""
     grey, side, points = frame.mean(0, keepdim=True), min(frame.shape[1:]), []
@@ -1009,7 +1022,7 @@ def command_figures(args):
             ranked = run.ranked()
             medians.append(ranked["median"][0])
             drawn.append(run.films(ranked) | run.curves() | run.inside(medians[-1]))
-        except ValueError as error:
+        except (ValueError, LookupError) as error:                # NaN, or a foreign results.json or log.csv
             raise RunError(f"{run.folder} cannot be drawn: {error}") from None
     if others:
         drawn[0] |= compare(runs, medians[0])
