@@ -11,6 +11,7 @@ Frames are tensors (B, T, C, H, W) with values in [0, 1], scored where they lie 
 """
 
 import math
+import textwrap
 from html import escape
 
 import torch
@@ -234,7 +235,7 @@ def _block(results, published, metrics):
             rows.append([name if name == "black" else f"all {count} predictions"] + cells([results[name]]))
     for paper in published:
         if any(paper.get(m) is not None for m in metrics):  # digits as the paper prints them
-            rows.append([paper["source"][:24]] + ["–" if paper.get(m) is None else f"{paper[m]:g}" for m in metrics])
+            rows.append([textwrap.shorten(paper["source"], 32, placeholder=" …")] + ["–" if paper.get(m) is None else f"{paper[m]:g}" for m in metrics])
 
     widths = [2 * (k > 0) + max(len(row[k]) for row in rows if k < len(row)) for k in range(len(rows[0]))]
     bar = 1 + len(metrics)  # the first column of the right side

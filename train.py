@@ -93,8 +93,8 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
     def share(self, total):
-        """This process's part of `total` things: a slice; parts differ by one at the most."""
-        return slice(self.rank * total // self.count, (self.rank + 1) * total // self.count)
+        """This process's part of `total` things: a slice; parts differ by one at the most, and the first is never empty."""
+        return slice(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
 
     def from_first(self, value):
         """The first process's value (anything that pickles), on all."""
@@ -146,7 +146,6 @@ def model_file(name):
 
 def device_of(name, quick=False):
     """The device to work on: what was asked for, or CUDA where there is one."""
-    automatic = name is None
     name = name or ("cuda" if torch.cuda.is_available() or not quick else "cpu")
     try:
         device = torch.device(name)
@@ -158,8 +157,9 @@ def device_of(name, quick=False):
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"--device {name}: only cuda and cpu are supported")
     if device.type == "cuda":
-        if device.index is None or processes.count > 1 and automatic:
-            device = torch.device("cuda", processes.local)
+        if device.index is not None and processes.count > 1:
+            raise UserError(f"--device {name}: each of {processes.count} processes takes a device of its own; --device cuda")
+        device = torch.device("cuda", processes.local if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         torch.cuda.set_device(device)
@@ -180,7 +180,7 @@ def precision_of(name, device):
 
 
 def autocast(device, precision):
-    """Convolutions and matrix products in bf16 where asked for; states, norms, losses and metrics stay fp32."""
+    """Convolutions and matrix products in bf16 where asked for; states, statistics of norms, losses, metrics stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -204,14 +204,13 @@ def settings(args):
     batch = pick("batch", training["batch"])
     if batch < processes.count:
         raise UserError(f"--batch {batch} over {processes.count} processes leaves some without a sequence; raise --batch")
-    iterations = pick("iterations", training.get("iterations"))
-    if iterations is None:          # the paper counts epochs
-        iterations = training["epochs"] * clips.train_count // batch
+    whole = training.get("iterations") or max(1, training["epochs"] * clips.train_count // batch)   # the paper counts epochs
+    iterations = pick("iterations", whole)
     on_cpu = device.type == "cpu"
     eval_sequences = min(pick("eval_sequences", 200 if on_cpu else clips.test_count), clips.test_count)
     config = dict(
         model=args.model, variant=variant, setup=setup, quick=bool(args.quick),
-        data=pick("data", "moving_mnist"), data_dir=args.data_dir or "data", normalize=bool(args.normalize), box=args.box,
+        data=where(pick("data", "moving_mnist")), data_dir=os.path.abspath(args.data_dir or "data"), normalize=bool(args.normalize), box=args.box,
         frames_in=clips.frames_in, horizon=clips.horizon, clips=clips.info(),
         network=dict(channels=clips.channels, size=list(clips.size), hidden=pick("hidden"), layers=pick("layers"),
                      kernel=pick("kernel"), patch=pick("patch", training.get("patch")), **training.get("model", {})),
@@ -219,11 +218,20 @@ def settings(args):
         lr=pick("lr", training["lr"]), final_lr=quick.get("final_lr", training.get("final_lr")), loss=training["loss"],
         reverse=training["reverse"] and not pick("no_reverse"), batch=batch,
         iterations=iterations, schedule=iterations,     # `schedule`: what ε and lr are spread over; stays on a longer run
-        seed=args.seed or 0, precision=precision, recompute=bool(args.recompute), init=args.init,
+        seed=args.seed or 0, precision=precision, recompute=bool(args.recompute), init=args.init and os.path.abspath(args.init),
         log_every=10 if on_cpu else 100, eval_every=args.eval_every or max(1, iterations // (5 if quick else 20)),
-        eval_sequences=eval_sequences, save_every=args.save_every or (100 if on_cpu else 1000),
-        device=str(device), versions=versions(device))
-    return config, clips
+        eval_sequences=eval_sequences, valid_sequences=min(clips.valid_count, max(1, eval_sequences // 4), 500),
+        save_every=args.save_every or (100 if on_cpu else 1000),
+        # Only a run of the paper's own network, schedule and training is set beside the paper's figures.
+        whole=whole, as_published=not quick and iterations >= whole and all(getattr(args, name) is None for name in (
+            "hidden", "layers", "kernel", "patch", "batch", "lr", "no_reverse", "init", "frames_in", "horizon")),
+        device=device.type, versions=versions(device))
+    return config, clips, device
+
+
+def where(name_or_path):
+    """A dataset's name as it is, a file's path in full: a run is gone on with from any folder."""
+    return name_or_path if name_or_path in data.DATASETS else os.path.abspath(name_or_path)
 
 
 def versions(device):
@@ -262,8 +270,8 @@ def learning_rate(config, iteration):
     """Constant, or a cosine from lr to final_lr over the schedule."""
     if config["final_lr"] is None:
         return config["lr"]
-    swing = (1 + math.cos(math.pi * min(1, iteration / config["schedule"]))) / 2
-    return config["final_lr"] + (config["lr"] - config["final_lr"]) * swing
+    final = min(config["final_lr"], config["lr"])
+    return final + (config["lr"] - final) * (1 + math.cos(math.pi * min(1, iteration / config["schedule"]))) / 2
 
 
 def sampling_mask(model, config, iteration, device):
@@ -327,43 +335,49 @@ class Progress:
             self.bar.close()
 
 
-def train(config, clips, folder, checkpoint=None):
-    """Train a run from where it stands to its end; leaves last.pt, best.pt and log.csv. Returns the model."""
-    device, stop = torch.device(config["device"]), Stop()
+def train(config, clips, device, folder, checkpoint=None):
+    """Train a run from where it stands to its end; leaves last.pt, best.pt and log.csv.
+
+    Returns the model and its validations, [[iteration, MSE], …].
+    """
+    stop = Stop()
     model = build(config).to(device)
     optimizer = make_optimizer(model, config)
     losses = torch.zeros(config["log_every"], device=device)      # of the iterations since the last line of the log
-    iteration, seconds, validation = 0, 0.0, []
+    iteration, logged, seconds, validation = 0, 0, 0.0, []
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        iteration, seconds, validation = (checkpoint[name] for name in ("iteration", "seconds", "validation"))
+        iteration, logged, seconds, validation = (checkpoint[n] for n in ("iteration", "logged", "seconds", "validation"))
         if processes.first:
             losses += checkpoint["losses"].to(device)
     elif config["init"]:
-        load_weights(model, config["init"])
+        load_weights(model, config, config["init"])
     parallel = DistributedDataParallel(model) if processes.count > 1 else model
     log = Log(folder, iteration)
     progress, begun = Progress(config, iteration), time.monotonic() - seconds
     share = processes.share(config["batch"])
     last = folder / "last.pt"
+    way_on = f"the last good checkpoint is {last}; try a lower --lr or --precision fp32"
 
-    def checked_losses():
-        """The losses since the last line; a loss that is not finite ends the run before it is saved."""
-        window = processes.sum(losses)
-        for back, loss in enumerate(window[: (iteration - 1) % config["log_every"] + 1].tolist()):
+    def losses_since_logged():
+        """As numbers; one that is not finite ends the run before it is logged or saved."""
+        every = config["log_every"]
+        found = processes.sum(losses)[logged % every:(iteration - 1) % every + 1].tolist() if iteration > logged else []
+        for at, loss in enumerate(found, logged + 1):
             if not math.isfinite(loss):
-                at = (iteration - 1) // config["log_every"] * config["log_every"] + back + 1
-                kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint had been saved yet"
-                raise RunError(f"the loss was not finite at iteration {at}; {kept}; try a lower --lr or --precision fp32")
-        return window
+                raise RunError(f"the loss was not finite at iteration {at}; {way_on}")
+        return found
 
     def save(path):
-        window = checked_losses() if iteration else losses
+        losses_since_logged()
+        if not torch.stack(torch._foreach_norm([*model.parameters()])).isfinite().all():
+            raise RunError(f"the weights were not finite at iteration {iteration}; {way_on}")
+        window = processes.sum(losses).cpu()
         if processes.first:
             save_checkpoint(path, dict(
-                config=config, iteration=iteration, seconds=time.monotonic() - begun, validation=validation,
-                losses=window.cpu(), model=model.state_dict(), optimizer=optimizer.state_dict()))
+                config=config, iteration=iteration, logged=logged, seconds=time.monotonic() - begun, validation=validation,
+                losses=window, model=model.state_dict(), optimizer=optimizer.state_dict()))
 
     try:
         while True:
@@ -399,14 +413,13 @@ def train(config, clips, folder, checkpoint=None):
             iteration += 1
             progress.step()
             if iteration % config["log_every"] == 0 or iteration == config["iterations"]:
-                window = checked_losses()
-                mean = window[: (iteration - 1) % config["log_every"] + 1].mean().item()
-                losses.zero_()
+                found = losses_since_logged()
+                mean, logged = sum(found) / len(found), iteration
                 log.add(iteration, mean, lr, epsilon, time.monotonic() - begun)
                 progress.show(iteration, mean, epsilon, lr)
     finally:
         progress.close()
-    return model
+    return model, validation
 
 
 class Log:
@@ -464,10 +477,9 @@ def score_batches(model, config, part, count, device, stop, baselines=False):
 
 def validate(model, config, clips, device, stop):
     """The forecast's mean MSE over some of the validation set; None if the user asks to stop meanwhile."""
-    count = min(clips.valid_count, max(1, config["eval_sequences"] // 4), 500)
     try:
         mse = [metrics.frame_scores(*batch["forecast"])["mse"].cpu() for batch in score_batches(
-            model, config, lambda *rows: (clips.valid(*rows), None), count, device, stop)]
+            model, config, lambda *rows: (clips.valid(*rows), None), config["valid_sequences"], device, stop)]
     except Interrupted:
         return None
     mse = torch.cat([torch.empty(0, config["horizon"], dtype=torch.float64), *mse])
@@ -510,11 +522,25 @@ def finish(model, config, clips, folder, iteration, validation, weights="last", 
     write_film_strip(model, config, clips, device, picture, iteration)
     # MS-LSTM's released code has PSNR and SSIM of its own; the table shows those that the papers of the set-up report.
     own = {"psnr": "psnr_float", "ssim": "ssim_gaussian"} if config["setup"] == "fullres" else {}
-    published = [{own.get(k, k): v for k, v in row.items()} for row in model_file(config["model"]).PUBLISHED
-                 if (row["variant"], row["setup"], row["data"]) == (config["variant"], config["setup"], clips.name)]
+    published = [{own.get(k, k): v for k, v in row.items()} for row in published_scores(config, clips)]
     print(f"\n{label_of(config, clips, iteration)}, {count} test sequences\n")
     print(metrics.table(summaries, published, [own.get(m, m) for m in ("mse", "mae", "psnr", "ssim")]))
     print(f"\npictures: {picture}\nresults:  {folder / f'results{suffix}.json'}")
+
+
+def published_scores(config, clips):
+    """What the papers report for this very run, as rows for the table; nothing for a run of other settings."""
+    rows = []
+    for row in model_file(config["model"]).PUBLISHED if config["as_published"] else ():
+        same = (row["variant"], row["setup"], row["data"]) == (config["variant"], config["setup"], clips.name)
+        if same and row.get("iterations", config["whole"]) == config["iterations"]:
+            row = dict(row, source=row["source"] + (", all" if "over" in row else ""))
+            if "mse_frames" in row:
+                row.setdefault("mse", round(sum(row["mse_frames"]) / len(row["mse_frames"]), 4))
+            for score in ("csi", "hss"):
+                row |= {f"{score}_{t:g}": v for t, v in zip(metrics.RAIN_THRESHOLDS, row.pop(score, ()))}
+            rows.append(row)
+    return rows
 
 
 def label_of(config, clips, iteration):
@@ -539,25 +565,34 @@ def write_film_strip(model, config, clips, device, path, iteration, sequences=3)
 
 def new_folder(args, config, clips):
     """Make the folder of a new run; its name is given, or model, variant, data and a running number."""
-    out = Path(args.out or "runs")
-    folder = None
+    folder, refusal = None, None
     if processes.first:
-        if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
-            raise UserError(f"--name {args.name}: a plain name, please; the folder is given with --out")
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            for number in range(1, sys.maxsize):
-                folder = out / (args.name or f"{config['model']}-{config['variant']}-{clips.name}-{number}")
-                try:
-                    folder.mkdir()
-                    break
-                except FileExistsError:
-                    if args.name:
-                        raise UserError(f"--name {args.name}: {folder} exists; another name, or go on with --resume {folder}") from None
+            folder = make_folder(Path(args.out or "runs"), args.name, f"{config['model']}-{config['variant']}-{clips.name}")
             write_json(folder / "config.json", config)
+        except UserError as error:
+            refusal = error
         except OSError as error:
-            raise UserError(f"--out {out}: {error.strerror}") from None
-    return processes.from_first(folder)
+            refusal = UserError(f"--out {args.out or 'runs'}: {error.strerror}")
+    folder, refusal = processes.from_first((folder, refusal))
+    if refusal:
+        raise refusal
+    return folder
+
+
+def make_folder(out, name, otherwise):
+    """out/name, which must be new, or out/otherwise-N with the first N that is free."""
+    if name and (Path(name).name != name or name.startswith(".")):
+        raise UserError(f"--name {name}: a plain name, please; the folder is given with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for number in range(1, sys.maxsize):
+        folder = out / (name or f"{otherwise}-{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if name:
+                raise UserError(f"--name {name}: {folder} exists; another name, or go on with --resume {folder}") from None
 
 
 def write_json(path, content):
@@ -566,6 +601,9 @@ def write_json(path, content):
 
 def save_checkpoint(path, checkpoint):
     data.write_whole(path, lambda file: torch.save(checkpoint, file))
+
+
+CHECKPOINT = ("config", "iteration", "logged", "seconds", "validation", "losses", "model", "optimizer")
 
 
 def load_checkpoint(run):
@@ -577,40 +615,44 @@ def load_checkpoint(run):
         raise UserError(f"{run}: {what} ({path} is missing)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["config"]["model"], checkpoint["model"], checkpoint["iteration"]
+        checkpoint["config"]["as_published"], [checkpoint[name] for name in CHECKPOINT]
     except Exception:
         raise UserError(f"{path}: not a checkpoint of train.py, or a damaged one") from None
     return path.parent, path.stem, checkpoint
 
 
-def load_weights(model, run):
+def load_weights(model, config, run):
     """--init: the weights of another run, which must be of the same network."""
     _, _, checkpoint = load_checkpoint(run)
+    other = checkpoint["config"]
     try:
+        if any(other[name] != config[name] for name in ("model", "variant", "setup")):
+            raise RuntimeError
         model.load_state_dict(checkpoint["model"])
     except RuntimeError:
-        other = checkpoint["config"]
         raise UserError(f"--init {run}: another network ({other['model']} {other['variant']} {other['setup']}, "
                         f"{other['network']})") from None
 
 
-def open_run_data(config, args):
-    """The clips that a run was trained on."""
+def open_run_data(config, args, training=False):
+    """The clips that a run was trained on; they may not have changed, for more training in nothing that it sees."""
     clips = data.open_data(config["data"], args.data_dir or config["data_dir"], config["setup"], config["frames_in"],
                            config["horizon"], config["normalize"], config["box"])
-    if [clips.channels, *clips.size] != [config["network"]["channels"], *config["network"]["size"]]:
-        raise UserError(f"--data {config['data']}: frames of {clips.channels}×{clips.size[0]}×{clips.size[1]} now; "
-                        f"the run was trained on another size")
+    now, then = clips.info(), config["clips"]
+    for name in ("channels", "size", "scale", *(("train_count", "valid_count") if training else ())):
+        if json.dumps(now.get(name)) != json.dumps(then.get(name)):
+            raise UserError(f"{config['data']} is not what the run was trained on: {name} is {now.get(name)} now, was "
+                            f"{then.get(name)}; put the old data back, or start a new run with --init")
     return clips
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
 
 def command_train(args):
-    config, clips = settings(args)
+    config, clips, device = settings(args)
     model = build(config)           # a network that cannot be built, or not from --init, leaves no folder behind
     if args.init:
-        load_weights(model, args.init)
+        load_weights(model, config, args.init)
     processes.start()
     folder = new_folder(args, config, clips)
     processes.say(f"{folder}: {config['model']} {config['variant']}, {config['setup']}, {clips.name}, "
@@ -618,17 +660,16 @@ def command_train(args):
                   f"{config['batch']}, {config['precision']} on {config['versions']['device']}")
     for note in clips.notes:
         processes.say(note)
-    run(config, clips, folder)
+    run(config, clips, device, folder)
 
 
-def run(config, clips, folder, checkpoint=None):
+def run(config, clips, device, folder, checkpoint=None):
     """Train to the end and evaluate."""
     try:
-        model = train(config, clips, folder, checkpoint)
-        _, _, checkpoint = load_checkpoint(folder)
-        finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"])
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error):
+        model, validation = train(config, clips, device, folder, checkpoint)
+        finish(model, config, clips, folder, config["iterations"], validation)
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
             size = "×".join(map(str, config["network"]["size"]))
             raise RunError(f"out of memory with --batch {config['batch']} of {config['frames_in'] + config['horizon']} frames "
                            f"{size}: lower --batch or --hidden, or add --recompute") from None
@@ -637,14 +678,22 @@ def run(config, clips, folder, checkpoint=None):
         raise
 
 
+def out_of_memory(error):
+    """Whether an error says so: CUDA's has a type of its own, the CPU allocator's has not."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error) or \
+        "not enough memory" in str(error)
+
+
 def command_resume(args):
     folder, weights, checkpoint = load_checkpoint(args.resume)
     if weights != "last":
         raise UserError(f"--resume {args.resume}: a run goes on from its last checkpoint; give its folder")
     config = checkpoint["config"]
-    device = device_of(args.device or (config["device"] if torch.cuda.is_available() or config["device"] == "cpu" else None))
-    config |= dict(device=str(device), versions=versions(device))
+    device = device_of(args.device or config["device"])
+    if device.type == "cpu" and config["precision"] == "tf32":      # CUDA's alone
+        config["precision"] = "fp32"
     precision_of(config["precision"], device)
+    config |= dict(device=device.type, versions=versions(device), data_dir=os.path.abspath(args.data_dir or config["data_dir"]))
     for name in ("eval_every", "eval_sequences", "save_every"):
         config[name] = getattr(args, name) or config[name]
     if args.iterations:
@@ -654,13 +703,13 @@ def command_resume(args):
             raise UserError(f"--iterations {args.iterations}: the learning rate falls to its end over {config['schedule']} "
                             f"iterations, so this run cannot go on; start a new one with --init {folder}")
         config["iterations"] = args.iterations
-    clips = open_run_data(config, args)
+    clips = open_run_data(config, args, training=True)
     config["eval_sequences"] = min(config["eval_sequences"], clips.test_count)
     processes.start()
     if processes.first:
         write_json(folder / "config.json", config)
     processes.say(f"{folder}: going on from iteration {checkpoint['iteration']} of {config['iterations']}")
-    run(config, clips, folder, checkpoint)
+    run(config, clips, device, folder, checkpoint)
 
 
 def trained(args, run):
@@ -668,7 +717,7 @@ def trained(args, run):
     folder, weights, checkpoint = load_checkpoint(run)
     config = checkpoint["config"]
     device = device_of(args.device, quick=True)
-    config["precision"] = precision_of(None if device.type != torch.device(config["device"]).type else config["precision"], device)
+    config["precision"] = precision_of(config["precision"] if device.type == config["device"] else None, device)
     model = build(config)
     model.load_state_dict(checkpoint["model"])
     return folder, weights, config, model.to(device), device, checkpoint
@@ -684,8 +733,9 @@ def command_eval(args):
 def which_evaluation(args, config, clips, weights):
     """Set how many test sequences to evaluate; returns the suffix of the evaluation's files: a run's own results stay."""
     suffix = "" if weights == "last" else f"-{weights}"
-    if args.eval_sequences not in (None, config["eval_sequences"]):
-        config["eval_sequences"] = min(args.eval_sequences, clips.test_count)
+    count = min(args.eval_sequences or config["eval_sequences"], clips.test_count)
+    if count != config["eval_sequences"]:
+        config["eval_sequences"] = count
         suffix += f"-{config['eval_sequences']}-sequences"
     return suffix
 
@@ -1059,7 +1109,14 @@ def rate(text):
     return number
 
 
-positive.__name__, rate.__name__ = "positive whole number", "positive number"      # argparse names them in its errors
+def seed(text):
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise ValueError
+    return number
+
+
+positive.__name__, rate.__name__, seed.__name__ = "positive whole number", "positive number", "whole number from 0 to 2^63 - 1"      # argparse names them in its errors
 
 
 def parse(argv):
@@ -1080,7 +1137,7 @@ def parse(argv):
     for name in ("iterations", "batch"):
         p.add_argument(f"--{name}", type=positive, metavar="N", help="override the set-up")
     p.add_argument("--lr", type=rate, metavar="X", help="override the set-up")
-    p.add_argument("--seed", type=int, metavar="N", help="of weights, clips and sampling (0)")
+    p.add_argument("--seed", type=seed, metavar="N", help="of weights, clips and sampling (0)")
     for name in ("hidden", "layers", "kernel", "patch"):
         p.add_argument(f"--{name}", type=positive, metavar="N", help="override the network")
     p.add_argument("--device", help="cuda, cuda:N or cpu (cuda)")
@@ -1103,6 +1160,8 @@ def parse(argv):
     if len(commands) != 1:
         raise UserError("give a MODEL, or one of " + ", ".join(f"--{name}" for name in COMMANDS) + " (see python train.py --help)")
     command = commands[0]
+    if processes.count > 1 and command not in ("model", "resume"):
+        raise UserError(f"--{command} runs in one process: python train.py --{command}, without torchrun")
     for name in given:
         if command != "model" and name != command and name not in TAKES[command]:
             takes = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(TAKES[command]))
@@ -1111,6 +1170,9 @@ def parse(argv):
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):     # ε and × should not end a run on a terminal that has none
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         command, args = parse(argv)
         (command_train if command == "model" else COMMANDS[command])(args)
@@ -1121,8 +1183,17 @@ def main(argv=None):
         status, message = 1, error
     except Interrupted as error:
         status, message = 128 + error.signum, error
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except BrokenPipeError:         # `--list | head`: who reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         status, message = 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        status, message = 1, "out of memory: a smaller --hidden or fewer frames would fit"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -97,6 +97,19 @@ def test_interrupting_one_stops_all(tmp_path):
     torch.load(last, weights_only=True)
 
 
+def test_what_one_process_finds_wrong_ends_all_in_a_line(tmp_path):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    _, err = finish(start(2, *SETTINGS, "--name", "a", cwd=tmp_path), status=1)
+    assert "runs/a exists" in err and 'File "' + str(ROOT) not in err, err
+
+
+def test_fewer_sequences_than_processes(tmp_path):
+    finish(start(2, *SETTINGS, "--iterations", 1, "--eval-sequences", 1, "--name", "a", cwd=tmp_path))
+    assert json.loads((tmp_path / "runs/a/results.json").read_text())["forecast"]["mse"]["mean"] > 0
+    _, err = finish(start(2, "--eval", "runs/a", cwd=tmp_path), status=1)
+    assert "without torchrun" in err and 'File "' + str(ROOT) not in err
+
+
 @pytest.mark.slow
 def test_more_processes_than_sequences(tmp_path):
     _, err = finish(start(2, *SETTINGS, "--batch", 1, cwd=tmp_path), status=1)

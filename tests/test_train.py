@@ -184,6 +184,10 @@ def test_killed_at_any_moment_and_resumed(seed):
     assert_same(final("runs/broken"), final("runs/whole"))
 
 
+class Killed(BaseException):
+    pass
+
+
 def test_killed_within_a_save(capsys):
     """Half-written files of a killed process are in nobody's way: the checkpoint is the one before."""
     assert run(*TINY, "--name", "whole") == 0
@@ -194,12 +198,12 @@ def test_killed_within_a_save(capsys):
         if len(saved) == 4:
             with open(path.with_name(f".{path.name}.x.tmp"), "wb") as file:
                 file.write(b"half")
-            raise KeyboardInterrupt                               # nothing after this line runs, as after SIGKILL
+            raise Killed                                          # nothing after this line runs, as after SIGKILL
         save(path, checkpoint)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "save_checkpoint", dying)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             run(*TINY, "--name", "broken")
     with open("runs/broken/log.csv", "a") as file:
         file.write("20,1.0,0")                                    # half a line
@@ -211,8 +215,10 @@ def test_resume_trains_longer_where_the_schedule_allows(capsys):
     assert run(*TINY, "--name", "a") == 0
     assert run("--resume", "runs/a", "--iterations", 30) == 0
     assert json.loads(Path("runs/a/results.json").read_text())["iteration"] == 30
-    line = Path("runs/a/log.csv").read_text().splitlines()[-1].split(",")
-    assert line[0] == "30" and float(line[3]) == 0                # ε stays where the schedule ended
+    rows = [line.split(",") for line in Path("runs/a/log.csv").read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == ["10", "20", "23", "30"]
+    assert float(rows[-1][3]) == 0                                # ε stays where the schedule ended
+    assert float(rows[-1][1]) > 0.8 * float(rows[-2][1])          # a mean of seven losses, not of ten slots
     assert "already stands at iteration 30" in refused(capsys, "--resume", "runs/a", "--iterations", 20)
     checkpoint = torch.load("runs/a/last.pt", weights_only=True)
     checkpoint["config"]["final_lr"] = 1e-6                       # as cms_lstm and moderrnn have it
@@ -235,7 +241,8 @@ def test_init_takes_the_weights_only(capsys):
     for x, y in zip(a[1].values(), b[1].values()):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
     assert b[0] == 1 and all(s["step"] == 2 for s in b[2].values())             # one iteration, forwards and reversed
-    assert "another network" in refused(capsys, *TINY, "--init", "runs/a", "--hidden", 8)
+    for other in (["--hidden", 8], ["--variant", "peephole"]):
+        assert "another network" in refused(capsys, *TINY, "--init", "runs/a", *other)
     assert len(list(Path("runs").iterdir())) == 2
 
 
@@ -253,6 +260,82 @@ def test_a_loss_that_is_not_finite(capsys):
         err = refused(capsys, *TINY, "--name", "a", status=1)
     assert "iteration 14" in err and "last.pt" in err and "--lr" in err
     assert torch.load("runs/a/last.pt", weights_only=True)["iteration"] == 12   # saved every 3: the last good one
+
+
+def test_weights_that_are_not_finite(capsys):
+    """A finite loss does not say that the step after it was: what is saved is looked at too."""
+    count, step = [], train.train_step
+
+    def bad(model, *arguments):
+        loss = step(model, *arguments)
+        count.append(1)
+        if len(count) == 2 * 6:
+            next(model.parameters()).data[0] = float("inf")
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", bad)
+        err = refused(capsys, *TINY, "--name", "a", status=1)
+    assert "iteration 6" in err and torch.load("runs/a/last.pt", weights_only=True)["iteration"] == 3
+
+
+def test_devices_of_several_processes(monkeypatch):
+    """Each process takes its own, when a run is gone on with too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(train.processes, "count", 4)
+    monkeypatch.setattr(train.processes, "local", 3)
+    assert str(train.device_of("cuda")) == str(train.device_of(None)) == "cuda:3"
+    with pytest.raises(train.UserError, match="cuda:1"):
+        train.device_of("cuda:1")
+    monkeypatch.setattr(train.processes, "count", 1)
+    assert str(train.device_of("cuda:1")) == "cuda:1"
+    with pytest.raises(train.UserError, match="has 4"):
+        train.device_of("cuda:4")
+
+
+@pytest.mark.parametrize("total, count", [(8, 3), (1, 2), (5, 5), (2, 4)])
+def test_shares(total, count, monkeypatch):
+    shares = []
+    for rank in range(count):
+        monkeypatch.setattr(train.processes, "count", count)
+        monkeypatch.setattr(train.processes, "rank", rank)
+        shares.append(len(range(total)[train.processes.share(total)]))
+    assert sum(shares) == total and shares[0] == max(shares) and max(shares) - min(shares) <= 1
+
+
+def test_data_that_changed(capsys):
+    film = np.random.default_rng(0).random((40, 16, 16), dtype=np.float32)
+    np.save("mine.npy", film)
+    own = "convlstm --data mine.npy --normalize --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 2"
+    assert run(*own.split(), "--iterations", 2, "--name", "a") == 0
+    np.save("mine.npy", film * 1000)
+    for command in ("--eval", "--resume"):
+        assert "scale" in refused(capsys, command, "runs/a")
+    np.save("mine.npy", np.concatenate([film, film]))
+    assert run("--eval", "runs/a") == 0                           # the same scale: the same meaning
+    capsys.readouterr()
+    assert "train_count" in refused(capsys, "--resume", "runs/a", "--iterations", 3)
+
+
+def test_a_run_is_gone_on_with_from_any_folder(tmp_path, monkeypatch, capsys):
+    np.save("mine.npy", np.random.default_rng(0).random((40, 16, 16), dtype=np.float32))
+    own = "convlstm --data mine.npy --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 2"
+    assert run(*own.split(), "--iterations", 2, "--name", "a") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("--resume", "../runs/a", "--iterations", 3) == 0
+
+
+def test_no_terminal_is_too_plain(capsys):
+    """A terminal or a pipe that knows ASCII only, and one that closes early."""
+    out = subprocess.run([sys.executable, str(ROOT / "train.py"), "--list", "--setup", "fullres", "--data", "taxibj"], text=True,
+                         capture_output=True, env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    assert out.returncode == 0 and "convlstm" in out.stdout and not out.stderr
+    process = start("--list", "--data", "taxibj")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
 
 
 def test_out_of_memory(capsys):
@@ -276,6 +359,8 @@ def test_out_of_memory(capsys):
     ("convlstm --batch 0", "--batch"),
     ("convlstm --iterations x", "--iterations"),
     ("convlstm --lr nan", "--lr"),
+    ("convlstm --seed -1", "--seed"),
+    ("convlstm --seed 99999999999999999999999", "--seed"),
     ("convlstm --kernel 4 --device cpu --data moving_digits", "odd"),
     ("convlstm --patch 7 --device cpu --data moving_digits", "63×63"),
     ("convlstm --device nosuch", "cuda"),
@@ -320,21 +405,69 @@ def test_damaged_checkpoints(capsys):
     assert "not a checkpoint" in refused(capsys, "--eval", "runs/a")
 
 
-def test_the_paper_settings(monkeypatch):
-    """What a plain `python train.py convlstm` would do, with the tables of the papers beside it."""
+# models.md, "Two set-ups": (optimiser, weight decay, lr, final lr, batch, iterations, loss, part of them sampled, reversed)
+ADAM, ADAMW = ("adam", 0.0, 1e-3, None), ("adamw", 0.01, 1e-3, 1e-6)
+PATCH4 = {"convlstm": (*ADAM, 8, 80_000, "l2", 0.625, True), "predrnn": (*ADAM, 8, 80_000, "l2", 0.625, True),
+          "sa_convlstm": (*ADAM, 8, 80_000, "l2", 0.625, True), "cms_lstm": (*ADAMW, 8, 80_000, "l2", 0.5, True),
+          "moderrnn": (*ADAMW, 32, 80_000, "l1+l2", 0.5, True), "ms_lstm": (*ADAM, 8, 80_000, "l2", 0.625, True)}
+FULLRES = ("adam", 0.0, 3e-4, None, 4, 105_000, "l1+l2", 1.0, False)
+
+
+def paper_settings(monkeypatch, name, dataset, *arguments, train_count=None):
+    """What a plain `python train.py NAME --data DATASET` would train with."""
     clips = data.open_data("moving_digits")
-    clips.name = "moving_mnist"
-    monkeypatch.setattr(data, "open_data", lambda name, *_: clips)
+    clips.name, clips.train_count = dataset, train_count
+    monkeypatch.setattr(data, "open_data", lambda *_: clips)
     monkeypatch.setattr(train, "precision_of", lambda name, device: "fp32")
-    _, args = train.parse(["convlstm", "--device", "cpu"])
-    config, _ = train.settings(args)
-    assert (config["iterations"], config["batch"], config["lr"], config["final_lr"]) == (80_000, 8, 1e-3, None)
-    assert (config["optimizer"], config["loss"], config["reverse"]) == ("adam", "l2", True)
-    clips.train_count = 10_500
-    _, args = train.parse(["convlstm", "--device", "cpu", "--setup", "fullres"])
-    config, _ = train.settings(args)
-    assert (config["iterations"], config["batch"], config["lr"]) == (105_000, 4, 3e-4)
-    assert (config["optimizer"], config["loss"], config["reverse"]) == ("adam", "l1+l2", False)
+    _, args = train.parse([name, "--device", "cpu", *arguments])
+    return train.settings(args)[0]
+
+
+@pytest.mark.parametrize("name", train.MODELS)
+@pytest.mark.parametrize("setup", ["patch4", "fullres"])
+def test_the_paper_settings(name, setup, monkeypatch):
+    expected = PATCH4[name] if setup == "patch4" else FULLRES
+    config = paper_settings(monkeypatch, name, "moving_mnist", "--setup", setup, train_count=10_500 if setup == "fullres" else None)
+    found = tuple(config[k] for k in ("optimizer", "weight_decay", "lr", "final_lr", "batch", "iterations", "loss"))
+    sampled = expected[-2]
+    assert (*found, sampled, config["reverse"]) == expected and config["as_published"]
+    model = train.build(config | dict(network=config["network"] | dict(hidden=2, layers=2)))
+    for k, epsilon in ((0, 1), (sampled / 2, 0.5), (0.999 * sampled, 0.001), (sampled, 0)):
+        assert model.truth_probability(round(k * 80_000), 80_000, 10, 19)[-1] == pytest.approx(epsilon, abs=1e-4)
+
+
+@pytest.mark.parametrize("name, dataset, key, value", [
+    *[(name, "kth", "loss", "l1+l2") for name in train.MODELS], *[(name, "taxibj", "patch", 2) for name in train.MODELS],
+    *[(name, "typhoon", "iterations", 100_000) for name in train.MODELS],
+    *[(name, "taxibj", "loss", "l1+l2" if name in ("cms_lstm", "moderrnn") else "l2") for name in train.MODELS]])
+def test_a_datasets_own_settings(name, dataset, key, value, monkeypatch):
+    config = paper_settings(monkeypatch, name, dataset, "--setup", "patch4")
+    assert (config["network"] if key == "patch" else config)[key] == value
+
+
+@pytest.mark.parametrize("name", train.MODELS)
+@pytest.mark.parametrize("dataset, epochs", [("taxibj", 15), ("kth", 20), ("germany", 20)])
+def test_epochs_of_fullres(name, dataset, epochs, monkeypatch):
+    config = paper_settings(monkeypatch, name, dataset, "--setup", "fullres", train_count=1001)
+    assert config["iterations"] == epochs * 1001 // 4
+
+
+@pytest.mark.parametrize("other", ["--iterations 79999", "--hidden 32", "--batch 4", "--lr 1e-4", "--quick", "--horizon 5"])
+def test_other_settings_are_not_the_papers(other, monkeypatch):
+    assert not paper_settings(monkeypatch, "convlstm", "moving_mnist", *other.split())["as_published"]
+
+
+def test_the_paper_stands_beside_a_run_of_its_own_only(capsys, monkeypatch):
+    clips = data.open_data("moving_digits", frames_in=3, horizon=3)
+    clips.name = "moving_mnist"
+    monkeypatch.setattr(data, "open_data", lambda *_: clips)
+    assert run(*TINY, "--name", "a", "--iterations", 1) == 0
+    assert "CMS-LSTM, Table 3" not in capsys.readouterr().out
+    checkpoint = torch.load("runs/a/last.pt", weights_only=True)
+    checkpoint["config"] |= dict(as_published=True, whole=1)
+    torch.save(checkpoint, "runs/a/last.pt")
+    assert run("--eval", "runs/a") == 0
+    assert re.search(r"CMS-LSTM, Table 3 +70.4 +115.9", capsys.readouterr().out)
 
 
 def test_learning_rates():
