@@ -36,8 +36,8 @@ import metrics
 
 MODELS = ("convlstm", "predrnn", "sa_convlstm", "cms_lstm", "moderrnn", "ms_lstm")
 # A network that any machine trains in two minutes. It says nothing about the papers' results.
-QUICK = dict(data="moving_digits", layers=2, hidden=32, kernel=3, patch=4, batch=4, lr=2e-3, final_lr=1e-5, iterations=500,
-             no_reverse=True, eval_sequences=100)
+QUICK = dict(data="moving_digits", layers=2, hidden=16, kernel=3, patch=4, batch=4, lr=2e-3, final_lr=1e-5, loss="l2",
+             iterations=400, no_reverse=True, eval_sequences=100)
 EVAL_BATCH = 16                     # sequences at a time; fixed, so that an evaluation can be repeated to the bit
 MASK_STREAM = 16                    # of data.draws, for scheduled sampling
 
@@ -215,7 +215,8 @@ def settings(args):
         network=dict(channels=clips.channels, size=list(clips.size), hidden=pick("hidden"), layers=pick("layers"),
                      kernel=pick("kernel"), patch=pick("patch", training.get("patch")), **training.get("model", {})),
         optimizer=training["optimizer"], weight_decay=training.get("weight_decay", 0.0),
-        lr=pick("lr", training["lr"]), final_lr=quick.get("final_lr", training.get("final_lr")), loss=training["loss"],
+        lr=pick("lr", training["lr"]), final_lr=quick.get("final_lr", training.get("final_lr")),
+        loss=quick.get("loss", training["loss"]),
         reverse=training["reverse"] and not pick("no_reverse"), batch=batch,
         iterations=iterations, schedule=iterations,     # `schedule`: what ε and lr are spread over; stays on a longer run
         seed=args.seed or 0, precision=precision, recompute=bool(args.recompute), init=args.init and os.path.abspath(args.init),
