@@ -808,11 +808,14 @@ def as_printed(value, like):
 
 
 def cost(module, setup, variant, channels, side, frames):
-    """Parameters, and multiply-accumulates of one sequence as in training, counted by torch without computing anything."""
+    """Parameters, and multiply-accumulates of one sequence as in training, counted by torch without computing anything.
+
+    One step is counted: all cost the same, whatever they read.
+    """
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         model = module.MODEL(channels=channels, size=side, setup=setup, variant=variant)
-        model(torch.empty(1, frames, channels, side, side), extras="loss")
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2
+        model(torch.empty(1, 2, channels, side, side), extras="loss")
+    return sum(p.numel() for p in model.parameters()), (frames - 1) * counter.get_total_flops() / 2
 
 
 # ------------------------------------------------------------------------------------------------------------ figures

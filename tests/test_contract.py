@@ -111,7 +111,8 @@ def test_bf16_agrees_with_fp32(name, setup, variant):
     assert (bf16 - fp32).norm() < max(0.03 * exact.norm(), 2**16 * (fp32 - exact).norm()) < 0.5 * exact.norm()
 
 
-@pytest.mark.parametrize("name, setup, variant", CASES)
+@pytest.mark.parametrize("name, setup, variant", [
+    pytest.param(*case, marks=pytest.mark.slow if case[1] == "fullres" else ()) for case in CASES])
 def test_overfits_one_batch(name, setup, variant):
     # Without LayerNorm a layer of SA-ConvLSTM damps what it is given to a hundredth at the start, and more with SE before
     # its memory: through four the two sequences cannot be told apart for hundreds of steps (see its docstring).

@@ -10,7 +10,7 @@ from test_contract import CASES, NAMES
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from train import PAPER_FRAMES, as_printed
+from train import PAPER_FRAMES, as_printed, cost
 
 MODULES = {name: importlib.import_module(name) for name in NAMES}
 ROWS = [pytest.param(name, row, id="-".join((name, row["variant"], row["setup"], row["data"])))
@@ -47,6 +47,7 @@ def test_published_cost(name, row):
     """Every figure comes out to the printed digit; where one does not, the row's note says what does."""
     parameters, macs = count(name, row)
     counted = dict(params=parameters, macs=sum(macs.values()))
+    assert cost(MODULES[name], row["setup"], row["variant"], *PAPER_FRAMES[row["data"]]) == tuple(counted.values())
     counted = {key: as_printed(counted[key], like=row[key]) for key in counted if key in row}
     wrong = {key: figure for key, figure in counted.items() if figure != row[key]}
     assert bool(wrong) == ("note" in row), wrong
