@@ -1146,7 +1146,7 @@ def parse(argv):
         p.add_argument(f"--{name}", type=positive, metavar="N", help="override the network")
     p.add_argument("--device", help="cuda, cuda:N or cpu (cuda)")
     p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="arithmetic (bf16 on CUDA, fp32 on the CPU)")
-    p.add_argument("--recompute", action="store_true", default=None, help="keep only the states for backward: less memory, more time")
+    p.add_argument("--recompute", action="store_true", default=None, help="keep little but the states for backward: less memory, more time")
     p.add_argument("--init", metavar="RUN", help="start from a run's weights, with a fresh optimiser")
     p.add_argument("--eval-every", type=positive, metavar="N", help="validate every N iterations")
     p.add_argument("--eval-sequences", type=positive, metavar="N", help="how many test sequences (all; 200 on the CPU)")
