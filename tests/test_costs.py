@@ -7,10 +7,9 @@ import pytest
 import torch
 from conftest import count_parameters
 from test_contract import CASES, NAMES
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from train import PAPER_FRAMES, as_printed, cost
+from train import PAPER_FRAMES, as_printed, cost, kept_bytes, layer_output_bytes
 
 MODULES = {name: importlib.import_module(name) for name in NAMES}
 ROWS = [pytest.param(name, row, id="-".join((name, row["variant"], row["setup"], row["data"])))
@@ -88,45 +87,6 @@ def test_table_4_leaves_out_the_products_of_cms_lstm(row):
 # two moments of Adam; the outputs of the layers over the roll-out, and as much again for their gradients.
 
 
-def layer_output_bytes(model, frames):
-    """M_out: bytes that the layers (the modules with weights: convolutions, LayerNorms) put out in one roll-out."""
-    total = 0
-
-    def add(module, inputs, output):
-        nonlocal total
-        total += output.nbytes
-
-    layers = [m for m in model.modules() if not [*m.children()] and [*m.parameters(recurse=False)]]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    with torch.no_grad():
-        model(frames, extras="loss")
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
-def saved_bytes(model, frames):
-    """Bytes that autograd keeps for the backward pass of one roll-out, parameters and frames left out.
-
-    A storage counts once, however many operations keep it or a view of it. On device="meta" nothing is computed and the
-    count is the same but for attention, which is not fused there.
-    """
-    apart = {t.untyped_storage()._cdata for t in (*model.parameters(), frames)}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in apart:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor                                             # the graph holds it, so no address comes twice
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = model(frames, extras="loss")                     # as in training
-    total = sum(kept.values())
-    del result                                                    # which held the graph up to here
-    return total
-
-
 def test_cost_model_of_convlstm_by_hand():
     """Six layers of 32 at 64×64 over 19 steps: what the paper's model says, and what is kept."""
     row = dict(setup="fullres", variant="full")
@@ -136,16 +96,16 @@ def test_cost_model_of_convlstm_by_hand():
     assert layer_output_bytes(model, frames) == 19 * one * (32 + 6 * 2 * 4 * 32 + 1)
     # Kept: the embedded frame; in each layer i, f, g, o, tanh(C), H and C, of which the last C is read no more; the one
     # zero state; the frames that the embedding read. No gate before its σ: neither + nor the convolution needs it.
-    assert saved_bytes(model, frames) == one * (19 * (32 + 6 * 7 * 32) - 6 * 32 + 32 + 20)
+    assert kept_bytes(model, frames) == one * (19 * (32 + 6 * 7 * 32) - 6 * 32 + 32 + 20)
 
 
 @pytest.mark.parametrize("name, setup, variant", CASES)
 def test_kept_bytes_need_no_computation(name, setup, variant):
     """Counting on device="meta" is counting on the CPU, but for fused attention, which alone keeps less: no scores."""
     options = dict(size=16, hidden=4, layers=2, kernel=3, setup=setup, variant=variant)
-    cpu = saved_bytes(MODULES[name].MODEL(**options), torch.rand(1, 3, 1, 16, 16))
+    cpu = kept_bytes(MODULES[name].MODEL(**options), torch.rand(1, 3, 1, 16, 16))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        meta = saved_bytes(MODULES[name].MODEL(**options), torch.empty(1, 3, 1, 16, 16))
+        meta = kept_bytes(MODULES[name].MODEL(**options), torch.empty(1, 3, 1, 16, 16))
     attends = any("convolution" not in str(op) for op in counter.get_flop_counts()["Global"])
     assert 0 < cpu < meta if attends else 0 < cpu == meta
 
@@ -156,7 +116,7 @@ def test_what_section_4_3_1_concludes():
     for variant in ("convlstm", "sms", "tms", "full"):
         model = built("ms_lstm", dict(setup="fullres", variant=variant), 64)
         weights = 4 * sum(p.nbytes for p in model.parameters())
-        kept[variant] = weights + saved_bytes(model, frames)
+        kept[variant] = weights + kept_bytes(model, frames)
         model_says[variant] = weights + 2 * layer_output_bytes(model, frames)
         assert 2 < model_says[variant] / kept[variant] < 3
     for memory in (kept, model_says):
