@@ -195,6 +195,8 @@ class MSLSTM(nn.Module):
         self.hidden, self.patch, self.pyramid, self.depths, self.recompute = hidden, patch, pyramid, depths, False
 
         norm, tokens = setup == "patch4", channels * patch**2
+        # Convolutions of full frames are a tenth faster with a pixel's channels together in memory; LayerNorm would copy.
+        self.layout = torch.contiguous_format if norm else torch.channels_last
         cell = cell or (MKLSTMCell if variant in ("tms", "full") else ConvLSTMCell)
         grids = [(height // patch // 2**depth, width // patch // 2**depth) for depth in depths]
         self.embed = nn.Conv2d(tokens, hidden, 1)
@@ -203,7 +205,7 @@ class MSLSTM(nn.Module):
 
     def step(self, x, state):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, the states of every layer -> those of the next frame."""
-        h, new_state, half = self.embed(x), [], len(self.cells) // 2
+        h, new_state, half = self.embed(x).contiguous(memory_format=self.layout), [], len(self.cells) // 2
         for layer, (cell, before) in enumerate(zip(self.cells, state)):
             if self.pyramid and 0 < layer < half:                 # encoder: halve
                 h = F.max_pool2d(h, 2)                            # (B, hidden, h/2, w/2)
@@ -212,7 +214,7 @@ class MSLSTM(nn.Module):
                 h = h + new_state[len(self.cells) - 1 - layer][0]
             new_state.append(cell(h, *before))
             h = new_state[-1][0]                                  # (B, hidden, H/p/2^depth, W/p/2^depth)
-        return self.output(h).to(x.dtype), new_state
+        return self.output(h).to(x.dtype).clone(memory_format=torch.contiguous_format), new_state
 
     def forward(self, frames, horizon=0, use_truth=None, extras=False):
         """Read frames, predict each next one, then `horizon` further ones from the model's own predictions.
@@ -232,7 +234,7 @@ class MSLSTM(nn.Module):
         state = []                                                # states start at zero
         for cell, depth in zip(self.cells, self.depths):
             zero = truth.new_zeros(B, self.hidden, height // 2**depth, width // 2**depth)
-            state.append((zero,) * cell.states)
+            state.append((zero.contiguous(memory_format=self.layout),) * cell.states)
         x, predictions, layers = truth[:, 0], [], [[] for _ in self.cells]
         for t in range(T - 1 + horizon):
             if 0 < t < T:                                         # beyond the observed frames x is the last prediction
