@@ -1,5 +1,6 @@
 """Shared by the tests: the project on the import path, the `slow` marker, and the real data beside the project."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -62,3 +63,26 @@ def count_macs(model_class, frames, size=64, channels=1, **options):
         side = (size, size) if isinstance(size, int) else size
         model_class(channels=channels, size=size, **options)(torch.empty(1, frames, channels, *side))
     return counter.get_total_flops() / 2
+
+
+def data_refused(opened, folder, *texts):
+    """Opening a dataset ends in one line that holds the texts, and leaves nothing behind. Returns the line."""
+    import data
+
+    before = sorted(os.listdir(folder))
+    with pytest.raises(data.DataError) as error:
+        opened()
+    assert all(text in str(error.value) for text in texts) and "\n" not in str(error.value), str(error.value)
+    assert sorted(os.listdir(folder)) == before
+    return str(error.value)
+
+
+def command_refused(capsys, *arguments, status=2):
+    """train.py ends with this status and one line on stderr. Returns the line."""
+    import train
+
+    capsys.readouterr()
+    assert train.main([str(a) for a in arguments]) == status
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err

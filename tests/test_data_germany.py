@@ -3,13 +3,13 @@
 import datetime
 import gzip
 import io
-import os
 import random
 import struct
 import tarfile
 
 import numpy as np
 import pytest
+from conftest import data_refused
 import torch
 
 import data
@@ -108,12 +108,7 @@ def test_another_product_is_refused_by_name(real_radolan, folder):
 
 
 def refused(folder, *texts, **options):
-    before = sorted(os.listdir(folder))
-    with pytest.raises(data.DataError) as error:
-        opened(folder, **options)
-    assert all(text in str(error.value) for text in texts) and "\n" not in str(error.value), str(error.value)
-    assert sorted(os.listdir(folder)) == before                                          # nothing is left behind
-    return str(error.value)
+    return data_refused(lambda: opened(folder, **options), folder, *texts)
 
 
 def test_fuzzed_headers_are_refused_by_name(tmp_path):

@@ -1,11 +1,11 @@
 """KTH from small films made by the real ffmpeg, and 00sequences.txt."""
 
-import os
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from conftest import data_refused
 import torch
 
 import data
@@ -112,12 +112,8 @@ def test_films_that_cannot_be_read_are_skipped_named_and_counted(folder):
     assert notes[2] == "KTH: 1 files shorter than their ranges: person02_walking_d1 (45 of 60 frames)"
 
 
-def refused(folder, text):
-    before = sorted(os.listdir(folder))
-    with pytest.raises(data.DataError) as error:
-        data.open_data("kth", folder.parent)
-    assert text in str(error.value) and "\n" not in str(error.value), str(error.value)
-    assert sorted(os.listdir(folder)) == before                            # nothing is left behind
+def refused(folder, *texts):
+    return data_refused(lambda: data.open_data("kth", folder.parent), folder, *texts)
 
 
 def test_a_film_without_frames(folder):

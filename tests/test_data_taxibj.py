@@ -1,11 +1,11 @@
 """TaxiBJ from files in the true formats: HDF5 with days missing, and dataset.npz."""
 
 import datetime
-import os
 import sys
 
 import numpy as np
 import pytest
+from conftest import data_refused
 import torch
 
 import data
@@ -135,12 +135,8 @@ def test_dataset_npz(folder):
         data.open_data("taxibj", folder.parent, horizon=5)
 
 
-def refused(folder, text):
-    before = sorted(os.listdir(folder))
-    with pytest.raises(data.DataError) as error:
-        data.open_data("taxibj", folder.parent)
-    assert text in str(error.value) and "\n" not in str(error.value), str(error.value)
-    assert sorted(os.listdir(folder)) == before                                          # nothing is left behind
+def refused(folder, *texts):
+    return data_refused(lambda: data.open_data("taxibj", folder.parent), folder, *texts)
 
 
 def test_bad_files(folder):

@@ -2,10 +2,10 @@
 
 import bz2
 import datetime
-import os
 
 import numpy as np
 import pytest
+from conftest import data_refused
 import torch
 
 import data
@@ -93,12 +93,8 @@ def test_the_box_is_averaged_to_64_by_64(folder):
     assert opened(folder).train_count == 6
 
 
-def refused(folder, text, **options):
-    before = sorted(os.listdir(folder))
-    with pytest.raises(data.DataError) as error:
-        opened(folder, **options)
-    assert text in str(error.value) and "\n" not in str(error.value), str(error.value)
-    assert sorted(os.listdir(folder)) == before                            # nothing is left behind
+def refused(folder, *texts, **options):
+    return data_refused(lambda: opened(folder, **options), folder, *texts)
 
 
 def test_boxes(folder):

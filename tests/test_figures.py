@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import command_refused as refused
 from test_contract import CASES, small
 from test_data import chunks, pixels
 
@@ -34,14 +35,6 @@ def made(model, *arguments, name="a"):
     assert run(model, *TINY, "--name", name, *arguments) == 0
     return Path("runs") / name
 
-
-def refused(capsys, *arguments, status=2):
-    """The one line that a refusal prints."""
-    capsys.readouterr()
-    assert run(*arguments) == status
-    err = capsys.readouterr().err
-    assert err.startswith("train.py: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    return err
 
 
 def decoded(path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from conftest import command_refused as refused
 
 import convlstm
 import data
@@ -41,13 +42,6 @@ def start(*arguments):
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-
-def refused(capsys, *arguments, status=2):
-    """The one line that a refusal prints."""
-    assert run(*arguments) == status
-    err = capsys.readouterr().err
-    assert err.startswith("train.py: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    return err
 
 
 def final(folder):
