@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+OURS = f'File "{ROOT / "train.py"}"'                              # a traceback through us; torchrun prints its own
 SETTINGS = ("convlstm --data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 8 --frames-in 3 --horizon 3 "
             "--iterations 20 --eval-every 10 --save-every 7 --eval-sequences 5").split()
 
@@ -79,7 +80,7 @@ def test_a_killed_process_ends_them_all(tmp_path):
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - begun < 30 and process.returncode != 0
     assert not any(Path(f"/proc/{w}").exists() for w in workers)
-    assert 'File "' + str(ROOT) not in err, err                   # torchrun reports in its own way; no traceback of ours
+    assert OURS not in err, err                   # torchrun reports in its own way; no traceback of ours
     assert torch.load(last, weights_only=True)["iteration"] % 5 == 0
     finish(start(1, "--resume", "runs/a", "--iterations", torch.load(last, weights_only=True)["iteration"] + 1, cwd=tmp_path))
 
@@ -93,25 +94,25 @@ def test_interrupting_one_stops_all(tmp_path):
         time.sleep(0.2)
     os.kill(children(process.pid)[0], signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and "--resume runs/a" in err and 'File "' + str(ROOT) not in err, err
+    assert process.returncode != 0 and "--resume runs/a" in err and OURS not in err, err
     torch.load(last, weights_only=True)
 
 
 def test_what_one_process_finds_wrong_ends_all_in_a_line(tmp_path):
     (tmp_path / "runs/a").mkdir(parents=True)
     _, err = finish(start(2, *SETTINGS, "--name", "a", cwd=tmp_path), status=1)
-    assert "runs/a exists" in err and 'File "' + str(ROOT) not in err, err
+    assert "runs/a exists" in err and OURS not in err, err
 
 
 def test_fewer_sequences_than_processes(tmp_path):
     finish(start(2, *SETTINGS, "--iterations", 1, "--eval-sequences", 1, "--name", "a", cwd=tmp_path))
     assert json.loads((tmp_path / "runs/a/results.json").read_text())["forecast"]["mse"]["mean"] > 0
     _, err = finish(start(2, "--eval", "runs/a", cwd=tmp_path), status=1)
-    assert "without torchrun" in err and 'File "' + str(ROOT) not in err
+    assert "without torchrun" in err and OURS not in err
 
 
 @pytest.mark.slow
 def test_more_processes_than_sequences(tmp_path):
     _, err = finish(start(2, *SETTINGS, "--batch", 1, cwd=tmp_path), status=1)
-    assert "--batch 1 over 2 processes" in err and 'File "' + str(ROOT) not in err
+    assert "--batch 1 over 2 processes" in err and OURS not in err
     assert not (tmp_path / "runs").exists()
