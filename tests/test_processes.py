@@ -29,7 +29,7 @@ def start(processes, *arguments, **options):
 
 
 def finish(process, status=0):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == status, err
     return out, err
 
@@ -71,7 +71,7 @@ def test_a_killed_process_ends_them_all(tmp_path):
     """Within thirty seconds, with the last checkpoint whole and nothing of ours in the way."""
     process = start(2, *SETTINGS, "--iterations", 100000, "--eval-every", 100000, "--save-every", 5, "--name", "a", cwd=tmp_path)
     last = tmp_path / "runs/a/last.pt"
-    wait = time.monotonic() + 120
+    wait = time.monotonic() + 600
     while not (last.exists() and torch.load(last, weights_only=True)["iteration"] >= 5) and time.monotonic() < wait:
         time.sleep(0.2)
     workers = children(process.pid)
@@ -89,7 +89,7 @@ def test_a_killed_process_ends_them_all(tmp_path):
 def test_interrupting_one_stops_all(tmp_path):
     process = start(2, *SETTINGS, "--iterations", 100000, "--eval-every", 100000, "--name", "a", cwd=tmp_path)
     last = tmp_path / "runs/a/last.pt"
-    wait = time.monotonic() + 120
+    wait = time.monotonic() + 600
     while not last.exists() and time.monotonic() < wait:
         time.sleep(0.2)
     os.kill(children(process.pid)[0], signal.SIGTERM)

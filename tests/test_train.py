@@ -154,15 +154,15 @@ def test_interrupted_and_resumed(signum, status, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_any_moment_and_resumed(seed):
     """SIGKILL again and again, at random moments, saves included (here every iteration saves)."""
-    arguments = [*TINY, "--save-every", "1", "--iterations", "60"]
+    arguments = [*TINY, "--save-every", "1", "--iterations", "40"]
     assert run(*arguments, "--name", "whole") == 0
     random = np.random.default_rng(seed)
     process, kills = start(*arguments, "--name", "broken"), 0
     while kills < 3:
-        wait = time.monotonic() + 60
+        wait = time.monotonic() + 600
         while not Path("runs/broken/last.pt").exists() and time.monotonic() < wait:
             time.sleep(0.01)
         before = Path("runs/broken/last.pt").stat().st_mtime_ns
