@@ -162,7 +162,7 @@ class MSLSTM(nn.Module):
             nn.Module with an attribute `states`, the number of its state tensors; called as cell(x, *state), it returns
             the new ones as a tuple, hidden state first: that one goes to the next layer. x is (B, inputs, H, W), each
             state (B, hidden, H, W), zero before the first frame. `norm` is whether the set-up normalises.
-    Attributes: `recompute`: set it to True to keep, of four steps in five, only the states for the backward pass, and
+    Attributes: `recompute`: set it to True to keep, of six steps in seven, only the states for the backward pass, and
     compute the rest again there: less memory, more time, same gradients.
     Raises ValueError, in one line that names the way out, for arguments that cannot be built.
     """
@@ -240,7 +240,7 @@ class MSLSTM(nn.Module):
             if 0 < t < T:                                         # beyond the observed frames x is the last prediction
                 x = truth[:, t] if use_truth is None else torch.where(
                     use_truth[t, :, None, None, None], truth[:, t], x)
-            if self.recompute and t % 5 and torch.is_grad_enabled():   # every fifth keeps all: faster
+            if self.recompute and t % 7 and torch.is_grad_enabled():   # every seventh keeps all: faster
                 x, state = checkpoint(self.step, x, state, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, state = self.step(x, state)                    # x (B, p²C, H/p, W/p)

@@ -158,7 +158,7 @@ class PredRNN(nn.Module):
         hidden, layers, kernel (odd), patch: override the set-up.
         decouple_weight: β, the weight of the decoupling loss beside a loss that sums over the pixels of a frame; None:
             the set-up's. It matters to the variants that have that loss, "v2" and "decouple".
-    Attributes: `recompute`: set it to True to keep, of four steps in five, only the states for the backward pass, and
+    Attributes: `recompute`: set it to True to keep, of six steps in seven, only the states for the backward pass, and
     compute the rest again there: less memory, more time, same gradients.
     Raises ValueError, in one line that names the way out, for arguments that cannot be built.
     """
@@ -230,7 +230,7 @@ class PredRNN(nn.Module):
             if 0 < t < T:                                         # beyond the observed frames x is the last prediction
                 x = truth[:, t] if use_truth is None else torch.where(
                     use_truth[t, :, None, None, None], truth[:, t], x)
-            if self.recompute and t % 5 and torch.is_grad_enabled():   # every fifth keeps all: faster
+            if self.recompute and t % 7 and torch.is_grad_enabled():   # every seventh keeps all: faster
                 x, state, likeness = checkpoint(self.step, x, state, with_loss, use_reentrant=False,
                                                 preserve_rng_state=False)
             else:

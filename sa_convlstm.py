@@ -217,7 +217,7 @@ class SAConvLSTM(nn.Module):
         channels: of a frame. size: of a frame, an int or (H, W), each side divisible by the patch.
         setup: "patch4" or "fullres". variant: a key of VARIANTS.
         hidden, layers, kernel (odd), patch: override the set-up.
-    Attributes: `recompute`: set it to True to keep, of four steps in five, only the states for the backward pass, and
+    Attributes: `recompute`: set it to True to keep, of six steps in seven, only the states for the backward pass, and
     compute the rest again there: less memory, more time, same gradients. `map_names`: what the maps of each entry of
     `extras` are, in their order.
     Raises ValueError, in one line that names the way out, for arguments that cannot be built.
@@ -292,7 +292,7 @@ class SAConvLSTM(nn.Module):
             if 0 < t < T:                                         # beyond the observed frames x is the last prediction
                 x = truth[:, t] if use_truth is None else torch.where(
                     use_truth[t, :, None, None, None], truth[:, t], x)
-            if self.recompute and t % 5 and torch.is_grad_enabled():   # every fifth keeps all: faster
+            if self.recompute and t % 7 and torch.is_grad_enabled():   # every seventh keeps all: faster
                 x, state, maps = checkpoint(self.step, x, state, points, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, state, maps = self.step(x, state, points)      # x (B, p²C, H/p, W/p)
