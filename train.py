@@ -40,7 +40,7 @@ import metrics
 MODELS = ("convlstm", "predrnn", "sa_convlstm", "cms_lstm", "moderrnn", "ms_lstm")
 # A network that any machine trains in two minutes. It says nothing about the papers' results.
 QUICK = dict(data="moving_digits", layers=2, hidden=16, kernel=3, patch=4, batch=4, lr=2e-3, final_lr=1e-5, loss="l2",
-             iterations=400, no_reverse=True, eval_sequences=100)
+             iterations=270, no_reverse=True, eval_sequences=100)
 EVAL_BATCH = 16                     # sequences at a time; fixed, so that an evaluation can be repeated to the bit
 MASK_STREAM = 16                    # of data.draws, for scheduled sampling
 
