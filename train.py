@@ -521,7 +521,7 @@ def finish(model, config, clips, folder, iteration, validation, weights="last", 
                    iteration=iteration, weights=weights, unit=clips.unit, validation=validation, **summaries)
     if not processes.first:
         return
-    data.write_whole(folder / f"results{suffix}.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_json(folder / f"results{suffix}.json", results)
     picture = folder / f"forecast{suffix}.png"
     write_film_strip(model, config, clips, device, picture, iteration)
     # MS-LSTM's released code has PSNR and SSIM of its own; the table shows those that the papers of the set-up report.
