@@ -95,9 +95,10 @@ class Processes:
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
-    def share(self, total):
-        """This process's part of `total` things: a slice; parts differ by one at the most, and the first is never empty."""
-        return slice(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
+    def share(self, total, rank=None):
+        """A process's, this one's, part of `total` things: a slice; parts differ by one at the most, the first is largest."""
+        rank = self.rank if rank is None else rank
+        return slice(-(-rank * total // self.count), -(-(rank + 1) * total // self.count))
 
     def from_first(self, value):
         """The first process's value (anything that pickles), on all."""
@@ -462,9 +463,13 @@ def score_batches(model, config, part, count, device, stop, baselines=False):
     """
     share = processes.share(count)
     model.eval()
-    for start in range(share.start, share.stop, EVAL_BATCH):
-        if stop.signum and processes.count == 1:
-            raise Interrupted(stop.signum, "stopped during the evaluation; the run is whole, and --eval RUN evaluates it")
+    # Nobody has more than the first process; all take as many rounds, so that they can agree to stop in each.
+    for done in range(0, processes.share(count, rank=0).stop, EVAL_BATCH):
+        if asked := stop.agreed():
+            raise Interrupted(asked, "stopped during the evaluation; the run is whole, and --eval RUN evaluates it")
+        start = share.start + done
+        if start >= share.stop:
+            continue
         frames, mask = part(start, min(start + EVAL_BATCH, share.stop), device)
         horizon = frames.shape[1] - config["frames_in"]
         with autocast(device, config["precision"]):

@@ -98,6 +98,21 @@ def test_interrupting_one_stops_all(tmp_path):
     torch.load(last, weights_only=True)
 
 
+@pytest.mark.slow
+def test_interrupting_one_stops_the_evaluation_of_all(tmp_path):
+    """Ten thousand sequences would take minutes; the run that they were to score is whole."""
+    process = start(2, *SETTINGS, "--iterations", 1, "--eval-sequences", 10000, "--name", "a", cwd=tmp_path)
+    while "evaluating 10000" not in (line := process.stdout.readline()):
+        assert line, process.communicate()[1]
+    os.kill(children(process.pid)[1], signal.SIGTERM)
+    begun = time.monotonic()
+    _, err = process.communicate(timeout=300)
+    assert time.monotonic() - begun < 30 and process.returncode != 0
+    assert err.count("stopped during the evaluation") == 1 and OURS not in err, err
+    assert not (tmp_path / "runs/a/results.json").exists()
+    finish(start(1, "--eval", "runs/a", "--eval-sequences", 5, cwd=tmp_path))
+
+
 def test_what_one_process_finds_wrong_ends_all_in_a_line(tmp_path):
     (tmp_path / "runs/a").mkdir(parents=True)
     _, err = finish(start(2, *SETTINGS, "--name", "a", cwd=tmp_path), status=1)
