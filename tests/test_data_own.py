@@ -271,11 +271,14 @@ def bytes_of(array):
 
 
 LIMITED = """
-import resource, sys
+import re, resource, sys
 sys.path.insert(0, {root!r})
 import data, torch
 from convlstm import ConvLSTM
-limit = 700 << 20
+model = ConvLSTM(channels=1, size=64, hidden=4, layers=1)
+optimiser = torch.optim.Adam(model.parameters())       # before the limit: under torch 2.6 this imports half of torch
+held = int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10    # by torch, with CUDA 0.6 GB
+limit = held + (600 << 20)
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
     bytearray(limit)
@@ -284,8 +287,6 @@ except MemoryError:
 else:
     sys.exit("the limit does not hold")
 clips = data.open_data({path!r}, {folder!r}, frames_in=10, horizon=10)
-model = ConvLSTM(channels=1, size=64, hidden=4, layers=1)
-optimiser = torch.optim.Adam(model.parameters())
 for iteration in range(3):
     frames = clips.train(0, iteration, 8)
     optimiser.zero_grad()
