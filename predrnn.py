@@ -124,8 +124,9 @@ class STLSTMCell(nn.Module):
     def forward(self, x, h, c, m):
         # Each gate is a sum W_x * X_t + W_h * H^l_{t-1} + b, or W'_x * X_t + W_m * M^{l-1}_t + b': chunks of three
         # convolutions, in c's type, so that C and M stay fp32 under autocast.
-        x_c, x_m, x_o = self.x2h(x).to(c.dtype).tensor_split((3 * c.shape[1], 6 * c.shape[1]), 1)
-        h_c, h_o = self.h2h(h).to(c.dtype).tensor_split((3 * c.shape[1],), 1)
+        n = c.shape[1]                                            # hidden
+        x_c, x_m, x_o = self.x2h(x).to(c.dtype).split((3 * n, 3 * n, n), 1)
+        h_c, h_o = self.h2h(h).to(c.dtype).split((3 * n, n), 1)
         i, f, g = (x_c + h_c).chunk(3, 1)                         # each (B, hidden, H, W)
         i_m, f_m, g_m = (x_m + self.m2h(m)).to(c.dtype).chunk(3, 1)               # i', f', g'
         # (a)  C^l_t = f ∘ C^l_{t-1} + i ∘ g                      this layer's own past

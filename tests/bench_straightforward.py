@@ -10,7 +10,8 @@ blocks sliced out in loops. Before anything is measured the two must give the sa
 
 Both forms, and ours in bf16 and with `recompute`, then take turns in one process, so that whatever else the machine does
 meets all of them: sampling masks, forward pass and backward pass of a training step. What counts are the ratios. In turn
-with them, as the bound of what any form can reach, run our step's convolutions alone, from inputs that lie ready.
+with them, as the bound of what any form can reach, run our step's convolutions and attention alone, from inputs that
+lie ready.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 
 FORMS = ("straightforward", "ours", "ours, bf16", "ours, recompute")
-BOUND = "convolutions alone"
+BOUND = "bare"
 
 
 def part_of(layer, outputs):
@@ -287,20 +289,29 @@ def training_step(model, frames, bf16):
     return predictions.detach()
 
 
-def convolutions_of(model, frames):
-    """A function that computes the convolutions of one training step, forward and backward, and nothing else."""
-    calls = []
-    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    hooks = [layer.register_forward_hook(lambda layer, x, y: calls.append(
-        (layer, torch.rand_like(x[0]).requires_grad_(x[0].requires_grad), torch.rand_like(y)))) for layer in convolutions]
-    training_step(model, frames, bf16=False)
+def bare(model, frames):
+    """A function that computes the convolutions and attention of one training step, forward and backward, and no more."""
+    calls, attention = [], F.scaled_dot_product_attention
+
+    def record(function, inputs, weights, output):
+        inputs = [torch.rand_like(x).requires_grad_(x.requires_grad) for x in inputs]       # as laid out in memory
+        calls.append((function, inputs, [x for x in inputs if x.requires_grad] + weights, torch.rand_like(output)))
+
+    def attend(*qkv, scale):
+        output = attention(*qkv, scale=scale)
+        record(lambda *qkv: attention(*qkv, scale=scale), qkv, [], output)
+        return output
+
+    hooks = [layer.register_forward_hook(lambda layer, x, y: record(layer, x, [*layer.parameters()], y))
+             for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
+        training_step(model, frames, bf16=False)
     for hook in hooks:
         hook.remove()
 
     def compute():
-        for layer, x, gradient in calls:
-            inputs = [tensor for tensor in (x, layer.weight, layer.bias) if tensor is not None and tensor.requires_grad]
-            torch.autograd.grad(layer(x), inputs, gradient)
+        for function, inputs, needed, gradient in calls:
+            torch.autograd.grad(function(*inputs), needed, gradient)
 
     return compute
 
@@ -333,8 +344,7 @@ def compare(name, args):
         torch.testing.assert_close(a, b)
 
     ours.recompute = False
-    convolutions = convolutions_of(ours, frames)
-    steps = {form: lambda form=form: step(form) for form in forms} | {BOUND: convolutions}
+    steps = {form: lambda form=form: step(form) for form in forms} | {BOUND: bare(ours, frames)}
     times = {form: [] for form in steps}
     for _ in range(args.repeats):
         for form in steps:
@@ -368,10 +378,10 @@ def main():
     torch.set_num_threads(args.threads)
 
     print(f"seconds (ratio to the straightforward form's; bf16 and recompute: to ours, fp32), then MB kept for backward\n"
-          f"{BOUND}: ours without all else, the bound of what can be reached\n"
+          f"{BOUND}: our convolutions and attention without all else, the bound of what can be reached\n"
           f"batch {args.batch}, {args.frames} frames of 64×64, {args.threads} threads, {args.clock} clock, "
           f"median of {args.repeats} steps in turn\n")
-    print(f"{'':12} {'straightforward':>15} {'ours':>16} {'bf16':>16} {'recompute':>16} {BOUND:>18}")
+    print(f"{'':12} {'straightforward':>15} {'ours':>16} {'bf16':>16} {'recompute':>16} {BOUND:>16}")
     results, ratios = {}, {}
     for name in args.models:
         results[name] = found = compare(name, args)
