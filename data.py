@@ -1269,13 +1269,13 @@ def _unpack_germany(writer, read, sources):
     while True:
         times, earliest, composites = set(), None, 0
         kept = []
-        for time, values in read(sources):
-            phase = time % 30 if phase is None else phase
-            earliest = time if earliest is None else min(earliest, time)
+        for minute, values in read(sources):
+            phase = minute % 30 if phase is None else phase
+            earliest = minute if earliest is None else min(earliest, minute)
             composites += 1
-            if time % 30 == phase and time not in times:
-                times.add(time)
-                kept.append(time)
+            if minute % 30 == phase and minute not in times:
+                times.add(minute)
+                kept.append(minute)
                 writer.add(_mm_per_hour(values())[None, None])
         if earliest is None:
             raise DataError(f"{sources[0]} holds no composite")
@@ -1459,7 +1459,7 @@ def _box(box):
 def _unpack_typhoon(writer, files, rows, columns):
     """Append the region of every file, {YYYYMMDDhhmm: path}, averaged to 64×64. The index: `hours` since 1970."""
     size, hours = 2 * HIMAWARI_SIDE**2, []
-    for time, path in progress(files.items(), desc="unpacking Typhoon", unit="hour"):
+    for hour, path in progress(files.items(), desc="unpacking Typhoon", unit="hour"):
         try:
             with (bz2.open if path.suffix == ".bz2" else open)(path, "rb") as file:
                 if path.suffix == ".bz2":
@@ -1467,7 +1467,7 @@ def _unpack_typhoon(writer, files, rows, columns):
                     found = len(content)
                 else:
                     content, found = np.memmap(file, np.uint8, "r"), path.stat().st_size
-            hours.append(_minutes(datetime.strptime(time, "%Y%m%d%H%M")) // 60)
+            hours.append(_minutes(datetime.strptime(hour, "%Y%m%d%H%M")) // 60)
         except READ_ERRORS as error:
             raise _cannot_read(path, error) from None
         if found != size:

@@ -273,11 +273,6 @@ def score_panels(summaries, metrics=("mse", "mae", "psnr", "ssim"), xlabel="fore
     return panels
 
 
-def curves_svg(curves, title, xlabel, ylabel, log=False):
-    """One panel of curves as the text of an SVG file; see curve_panels_svg."""
-    return curve_panels_svg([{"curves": curves, "title": title, "xlabel": xlabel, "ylabel": ylabel, "log": log}])
-
-
 def curve_panels_svg(panels, title="", columns=2):
     """Panels of curves with axes, ticks and one legend, as the text of a self-contained SVG file.
 

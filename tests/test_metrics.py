@@ -332,6 +332,10 @@ def test_table_of_a_real_evaluation_stays_narrow():
 
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 
+def one_panel(curves, title, xlabel, ylabel, log=False):
+    return metrics.curve_panels_svg([dict(curves=curves, title=title, xlabel=xlabel, ylabel=ylabel, log=log)])
+
+
 def curves_in(svg):
     """{label: [(xs, values, points) per piece]} of an SVG text."""
     found = {}
@@ -375,7 +379,7 @@ def test_curves_are_the_metrics():
 
 def test_points_lie_where_the_axes_say():
     for log, values in ((False, [3.0, 17.5, 8.25, 40.0]), (True, [900.0, 45.0, 3.0, 0.5]), (True, [40.0, 55.0])):
-        svg = metrics.curves_svg({"loss": ([0, 100, 250, 400][:len(values)], values)}, "Loss", "iteration", "L1", log)
+        svg = one_panel({"loss": ([0, 100, 250, 400][:len(values)], values)}, "Loss", "iteration", "L1", log)
         (xs, found, points), = curves_in(svg)["loss"]
         assert found == values
         for turned, numbers, places in ((False, xs, [x for x, _ in points]), (True, found, [y for _, y in points])):
@@ -389,23 +393,23 @@ def test_points_lie_where_the_axes_say():
 
 
 def test_none_is_a_gap_and_an_empty_panel_says_so():
-    svg = metrics.curves_svg({"psnr": [None, 20.5, 21.5, None, 23.0]}, "PSNR", "frame", "dB")
+    svg = one_panel({"psnr": [None, 20.5, 21.5, None, 23.0]}, "PSNR", "frame", "dB")
     assert [(xs, values) for xs, values, _ in curves_in(svg)["psnr"]] == [([2, 3], [20.5, 21.5]), ([5], [23.0])]
-    empty = metrics.curves_svg({"ssim": [None, None]}, "SSIM", "frame", "SSIM")
+    empty = one_panel({"ssim": [None, None]}, "SSIM", "frame", "SSIM")
     assert not curves_in(empty) and "no values" in texts_in(empty)
-    constant = metrics.curves_svg({"black": [0.0, 0.0, 0.0]}, "MSE", "frame", "MSE")
+    constant = one_panel({"black": [0.0, 0.0, 0.0]}, "MSE", "frame", "MSE")
     assert len({y for _, y in curves_in(constant)["black"][0][2]}) == 1
 
 
 @pytest.mark.parametrize("values, log", [([1.0, math.nan], False), ([math.inf], False), ([1.0, 0.0], True)])
 def test_what_cannot_be_shown_is_refused(values, log):
     with pytest.raises(ValueError, match="MSE: a curve cannot show"):
-        metrics.curves_svg({"run": values}, "MSE", "frame", "MSE", log)
+        one_panel({"run": values}, "MSE", "frame", "MSE", log)
 
 
 def test_many_curves_stay_apart_and_inside():
     curves = {f"run number {k:02d} with a long name": [float(k), float(k + 1)] for k in range(12)}
-    svg = metrics.curves_svg(curves, "MSE", "frame", "MSE")
+    svg = one_panel(curves, "MSE", "frame", "MSE")
     root = ElementTree.fromstring(svg)
     styles = {(line.get("stroke"), line.get("stroke-dasharray")) for line in root.iter(f"{SVG}polyline")}
     assert len(styles) == 12
@@ -416,7 +420,7 @@ def test_many_curves_stay_apart_and_inside():
 
 def test_long_training_curves_are_kept_whole():
     steps, losses = list(range(0, 80000, 40)), [100 / (k + 1) for k in range(2000)]
-    svg = metrics.curves_svg({"loss": (steps, losses)}, "Loss", "iteration", "loss", log=True)
+    svg = one_panel({"loss": (steps, losses)}, "Loss", "iteration", "loss", log=True)
     (xs, values, _), = curves_in(svg)["loss"]
     assert xs == steps and values == losses
     markers = [path for path in ElementTree.fromstring(svg).iter(f"{SVG}path") if path.get("transform")]
