@@ -64,16 +64,24 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask to stop, and the loop does so between two iterations; a second Ctrl-C does not wait."""
+    """Within it Ctrl-C and SIGTERM ask to stop, and loops do so between two iterations; a second Ctrl-C does not wait.
 
-    def __init__(self):
+    Under torchrun it does: launcher and scheduler may each pass one on, and torchrun itself kills who takes 30 seconds.
+    """
+
+    def __enter__(self):
         self.signum = 0
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._ask)
+        self.before = {signum: signal.signal(signum, self._ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
     def _ask(self, signum, _):
         self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
+        if processes.count == 1:
+            signal.signal(signum, signal.SIG_DFL)
 
     def agreed(self):
         """The signal that any process got, on all of them alike; 0 for none."""
@@ -170,13 +178,17 @@ def device_of(name, quick=False):
     return device
 
 
+def cpu_has_bf16():
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def precision_of(name, device):
     """The arithmetic to train in; sets up what the whole process shares."""
     name = name or ("bf16" if device.type == "cuda" else "fp32")
     if device.type == "cpu":
         if name == "tf32":
             raise UserError("--precision tf32 is CUDA's; on the CPU use fp32 or bf16")
-        if name == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if name == "bf16" and not cpu_has_bf16():
             raise UserError("--precision bf16: this CPU has no bf16 arithmetic; use fp32")
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
@@ -340,12 +352,11 @@ class Progress:
             self.bar.close()
 
 
-def train(config, clips, device, folder, checkpoint=None):
+def train(config, clips, device, folder, stop, checkpoint=None):
     """Train a run from where it stands to its end; leaves last.pt, best.pt and log.csv.
 
     Returns the model and its validations, [[iteration, MSE], …].
     """
-    stop = Stop()
     model = build(config).to(device)
     optimizer = make_optimizer(model, config)
     losses = torch.zeros(config["log_every"], device=device)      # of the iterations since the last line of the log
@@ -401,6 +412,7 @@ def train(config, clips, device, folder, checkpoint=None):
             if iteration % config["save_every"] == 0 or done or asked:
                 save(last)
             if asked:
+                processes.maximum(0)    # who left before it is saved, would make torchrun end the one that saves
                 raise Interrupted(asked, f"stopped at iteration {iteration}, saved; go on with: "
                                          f"python train.py --resume {folder}")
             if done:
@@ -464,7 +476,8 @@ def score_batches(model, config, part, count, device, stop, baselines=False):
     share = processes.share(count)
     model.eval()
     # Nobody has more than the first process; all take as many rounds, so that they can agree to stop in each.
-    for done in range(0, processes.share(count, rank=0).stop, EVAL_BATCH):
+    largest = processes.share(count, rank=0).stop
+    for done in range(0, largest + EVAL_BATCH, EVAL_BATCH):
         if asked := stop.agreed():
             raise Interrupted(asked, "stopped during the evaluation; the run is whole, and --eval RUN evaluates it")
         start = share.start + done
@@ -515,9 +528,9 @@ def evaluate(model, config, clips, device, stop):
     return summaries
 
 
-def finish(model, config, clips, folder, iteration, validation, weights="last", suffix=""):
+def finish(model, config, clips, folder, iteration, validation, stop, weights="last", suffix=""):
     """Evaluate trained weights: write results.json and pictures (`suffix` tells others apart), print the table."""
-    device, stop = next(model.parameters()).device, Stop()
+    device = next(model.parameters()).device
     count = config["eval_sequences"]
     processes.say(f"evaluating {count} of {clips.test_count} test sequences ({clips.test_set})")
     summaries = evaluate(model, config, clips, device, stop)
@@ -675,8 +688,9 @@ def command_train(args):
 def run(config, clips, device, folder, checkpoint=None):
     """Train to the end and evaluate."""
     try:
-        model, validation = train(config, clips, device, folder, checkpoint)
-        finish(model, config, clips, folder, config["iterations"], validation)
+        with Stop() as stop:
+            model, validation = train(config, clips, device, folder, stop, checkpoint)
+            finish(model, config, clips, folder, config["iterations"], validation, stop)
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             size = "×".join(map(str, config["network"]["size"]))
@@ -698,8 +712,12 @@ def command_resume(args):
     if weights != "last":
         raise UserError(f"--resume {args.resume}: a run goes on from its last checkpoint; give its folder")
     config = checkpoint["config"]
+    if config["batch"] < processes.count:
+        raise UserError(f"--resume {args.resume}: its batch of {config['batch']} over {processes.count} processes leaves some "
+                        f"without a sequence; --nproc_per_node={config['batch']} at the most")
     device = device_of(args.device or config["device"])
-    if device.type == "cpu" and config["precision"] == "tf32":      # CUDA's alone
+    if device.type == "cpu" and (config["precision"] == "tf32" or config["precision"] == "bf16" and not cpu_has_bf16()):
+        processes.say(f"this CPU has no {config['precision']} arithmetic: going on in fp32")
         config["precision"] = "fp32"
     precision_of(config["precision"], device)
     config |= dict(device=device.type, versions=versions(device), data_dir=os.path.abspath(args.data_dir or config["data_dir"]))
@@ -726,7 +744,8 @@ def trained(args, run):
     folder, weights, checkpoint = load_checkpoint(run)
     config = checkpoint["config"]
     device = device_of(args.device, quick=True)
-    config["precision"] = precision_of(config["precision"] if device.type == config["device"] else None, device)
+    known = device.type == config["device"] and (device.type == "cuda" or config["precision"] != "bf16" or cpu_has_bf16())
+    config["precision"] = precision_of(config["precision"] if known else None, device)
     model = build(config)
     model.load_state_dict(checkpoint["model"])
     return folder, weights, config, model.to(device), device, checkpoint
@@ -736,7 +755,8 @@ def command_eval(args):
     folder, weights, config, model, _, checkpoint = trained(args, args.eval)
     clips = open_run_data(config, args)
     suffix = which_evaluation(args, config, clips, weights)
-    finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"], weights, suffix)
+    with Stop() as stop:
+        finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"], stop, weights, suffix)
 
 
 def which_evaluation(args, config, clips, weights):
@@ -850,7 +870,9 @@ class Figures:
         self.count, results = self.config["eval_sequences"], self.folder / f"results{suffix}.json"
         self.results = read_results(results)
         if self.results is None or self.results["iteration"] != self.iteration:
-            finish(self.model, self.config, self.clips, self.folder, self.iteration, self.validation, weights, suffix)
+            with Stop() as stop:
+                finish(self.model, self.config, self.clips, self.folder, self.iteration, self.validation, stop, weights,
+                       suffix)
             self.results = read_results(results)
 
     def write(self, pictures):
@@ -860,9 +882,10 @@ class Figures:
 
     def ranked(self):
         """{"best": (number of a test sequence, its forecast's MSE), "median": …, "worst": …}"""
-        mse = torch.cat([metrics.frame_scores(*batch["forecast"])["mse"].mean(1).cpu() for batch in score_batches(
-            self.model, self.config, lambda *rows: (self.clips.test(*rows), self.clips.test_mask(*rows)),
-            self.count, self.device, Stop())])
+        with Stop() as stop:
+            mse = torch.cat([metrics.frame_scores(*batch["forecast"])["mse"].mean(1).cpu() for batch in score_batches(
+                self.model, self.config, lambda *rows: (self.clips.test(*rows), self.clips.test_mask(*rows)),
+                self.count, self.device, stop)])
         if not mse.isfinite().all():
             raise ValueError(f"its forecast of test sequence {mse.isfinite().tolist().index(False)} holds NaN")
         order = mse.argsort(stable=True).tolist()
@@ -1191,12 +1214,22 @@ def command_bench(args):
           f"{'':12} {'':8} {'':>5} {'seconds a step':>24} {'sequences':>9} {'memory':>8} {'§4.3':>8} {'':>8} {'of the':>7}\n"
           f"{'model':12} {'set-up':8} {'batch':>5} {'median (least – most)':>24} {'a second':>9} {'MB':>8} {'MB':>8} "
           f"{'GFLOP/s':>8} {'ceiling':>7}")
+    if args.json:
+        write_json(args.json, report)       # what cannot be written is better known now
     for name, module in modules.items():
         # On the CPU full frames take minutes a step for the models with attention: there only if asked for.
         for setup in [args.setup] if args.setup else [*module.NETWORK] if on_cuda else [module.DEFAULT_SETUP]:
-            row = bench(name, setup, args.batch or (module.TRAINING[setup]["batch"] if on_cuda else 2), device, precision,
-                        bool(args.recompute), repeats=20 if on_cuda else 3)
+            batch = args.batch or (module.TRAINING[setup]["batch"] if on_cuda else 2)
+            try:
+                row = bench(name, setup, batch, device, precision, bool(args.recompute), repeats=20 if on_cuda else 3)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                print(f"{name:12} {setup:8} {batch:>5} out of memory: a smaller --batch, or --recompute", flush=True)
+                continue
             report["models"].append(row)
+            if args.json:
+                write_json(args.json, report)
             spread = f"{row['seconds']:.3f} ({min(row['all_seconds']):.3f} – {max(row['all_seconds']):.3f})"
             print(f"{name:12} {setup:8} {row['batch']:>5} {spread:>24} {row['sequences_per_second']:>9.2f} "
                   f"{row['memory_bytes'] / 1e6:>8,.0f} {row['cost_model_bytes'] / 1e6:>8,.0f} {row['flops'] / 1e9:>8,.0f} "
@@ -1204,8 +1237,6 @@ def command_bench(args):
     print(f"\nmemory: {'the allocator' if on_cuda else 'parameters, gradients, both moments of Adam, and what autograd keeps'}"
           f"{chr(39) + 's peak' if on_cuda else ''}; §4.3: 4·M_par + 2·M_out of the MS-LSTM paper\n"
           f"GFLOP/s: six times the counted multiply-accumulates (forward, and twice that backward), by the median")
-    if args.json:
-        write_json(args.json, report)
 
 
 def bench(name, setup, batch, device, precision, recompute, repeats):
@@ -1331,32 +1362,43 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        command, args = parse(argv)
-        (command_train if command == "model" else COMMANDS[command])(args)
-        return 0
-    except (UserError, data.DataError) as error:
-        status, message = 2, error
-    except RunError as error:
-        status, message = 1, error
-    except Interrupted as error:
-        status, message = 128 + error.signum, error
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    except BrokenPipeError:         # `--list | head`: who reads has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        status, message = 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        status, message = 1, "out of memory: a smaller --hidden or fewer frames would fit"
+        status, message = attempt(argv)
+        if message and not processes.first:
+            # All have mostly met the same: the first says it, and torchrun ends the others. Who is left met it alone.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+            message = f"process {processes.rank}: {message}"
+        if message:
+            print(f"train.py: {message}", file=sys.stderr, flush=True)
+        return status
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if processes.first:
-        print(f"train.py: {message}", file=sys.stderr)
-    return status
+
+
+def attempt(argv):
+    """Do what the command line says: (exit status, what went wrong or None)."""
+    try:
+        command, args = parse(argv)
+        (command_train if command == "model" else COMMANDS[command])(args)
+        return 0, None
+    except (UserError, data.DataError) as error:
+        return 2, error
+    except RunError as error:
+        return 1, error
+    except Interrupted as error:
+        return 128 + error.signum, error
+    except KeyboardInterrupt:
+        return 130, "interrupted"
+    except BrokenPipeError:         # `--list | head`: who reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0, None
+    except OSError as error:
+        return 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return 1, "out of memory: a smaller --hidden or fewer frames would fit"
 
 
 if __name__ == "__main__":

@@ -31,22 +31,48 @@ def test_timed_leaves_the_warm_up_out():
     assert len(train.timed(lambda: calls.append(1), torch.device("cpu"), repeats=3, warm_up=2)) == 3 and len(calls) == 5
 
 
+def test_ceilings(monkeypatch):
+    """A product of two matrices of n × n is 2n³ operations; a copy reads and writes 4n² bytes each."""
+    monkeypatch.setattr(train, "timed", lambda work, device, repeats: work() is None or [3.0, 2.0, 4.0])
+    assert train.ceilings(torch.device("cpu"), "fp32") == (2 * 2048**3 / 2, 2 * 4 * 2048**2 / 2)
+
+
+def test_a_model_too_large_for_the_bench_is_said_and_passed_over(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ceilings", lambda device, precision: (1e11, 1e10))
+    monkeypatch.setitem(train.model_file("predrnn").NETWORK, "patch4", dict(patch=16, layers=1, hidden=2, kernel=3))
+    bench = train.bench
+
+    def scarce(name, *rest, **named):
+        if name == "convlstm":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return bench(name, *rest, **named)
+
+    monkeypatch.setattr(train, "bench", scarce)
+    file = tmp_path / "bench.json"
+    assert train.main(["--bench", "convlstm", "predrnn", "--device", "cpu", "--batch", "1", "--json", str(file)]) == 0
+    assert "out of memory" in capsys.readouterr().out
+    assert [row["model"] for row in json.loads(file.read_text())["models"]] == ["predrnn"]
+
+
 def test_bench(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "ceilings", lambda device, precision: (1e11, 1e10))
     monkeypatch.setitem(train.model_file("convlstm").NETWORK, "patch4", dict(patch=16, layers=2, hidden=4, kernel=3))
     file = tmp_path / "bench.json"
-    assert train.main(["--bench", "convlstm", "--device", "cpu", "--batch", "1", "--json", str(file)]) == 0
+    assert train.main(["--bench", "convlstm", "--device", "cpu", "--batch", "3", "--json", str(file)]) == 0
     out, report = capsys.readouterr().out, json.loads(file.read_text())
     row, = report["models"]
-    assert (row["model"], row["setup"], row["batch"]) == ("convlstm", "patch4", 1)
+    assert (row["model"], row["setup"], row["batch"]) == ("convlstm", "patch4", 3)
+    assert (report["matmul_flops"], report["copy_bytes_per_second"]) == (1e11, 1e10)
     assert row["seconds"] == sorted(row["all_seconds"])[1] and len(row["all_seconds"]) == 3
     parameters, macs = train.cost(train.model_file("convlstm"), "patch4", "full", 1, 64, 20)
-    assert row["flops"] == pytest.approx(6 * macs / row["seconds"])
-    model = train.model_file("convlstm").MODEL()
-    assert row["memory_bytes"] > 16 * parameters and row["cost_model_bytes"] == 16 * parameters + 2 * train.layer_output_bytes(
-        model, torch.rand(1, 20, 1, 64, 64))
+    assert row["flops"] == pytest.approx(6 * macs * 3 / row["seconds"])
+    assert row["sequences_per_second"] == pytest.approx(3 / row["seconds"])
+    model, frames = train.model_file("convlstm").MODEL(), torch.rand(3, 20, 1, 64, 64)
+    kept = train.kept_bytes(model, frames, use_truth=torch.ones(19, 3, dtype=torch.bool))
+    assert row["memory_bytes"] == pytest.approx(16 * parameters + kept, rel=0.05)        # its mask is another
+    assert row["cost_model_bytes"] == 16 * parameters + 2 * train.layer_output_bytes(model, frames)
     assert f"{row['seconds']:.3f} (" in out and f"{row['flops'] / 1e11:.1%}" in out
-    assert train.main(["--bench", "convlstm", "--device", "cpu", "--batch", "1", "--recompute", "--json", str(file)]) == 0
+    assert train.main(["--bench", "convlstm", "--device", "cpu", "--batch", "3", "--recompute", "--json", str(file)]) == 0
     assert json.loads(file.read_text())["models"][0]["memory_bytes"] < row["memory_bytes"]
 
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+import train
+
 OURS = f'File "{ROOT / "train.py"}"'                              # a traceback through us; torchrun prints its own
 SETTINGS = ("convlstm --data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 8 --frames-in 3 --horizon 3 "
-            "--iterations 20 --eval-every 10 --save-every 7 --eval-sequences 5").split()
+            "--iterations 20 --eval-every 10 --save-every 7 --eval-sequences 33").split()    # 17 and 16 on two: batches of 16 + 1 and 16
 
 
 def start(processes, *arguments, **options):
@@ -42,12 +44,12 @@ def compare(a, b):
     a, b = ((torch.load(Path(f) / "last.pt", weights_only=True), json.loads((Path(f) / "results.json").read_text()),
              (Path(f) / "log.csv").read_text()) for f in (a, b))
     assert a[0]["iteration"] == b[0]["iteration"]
-    for x, y in zip(a[0]["model"].values(), b[0]["model"].values()):
+    for x, y in zip(a[0]["model"].values(), b[0]["model"].values(), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
     for name in ("forecast", "all_predictions", "repeat_last", "black"):
         for metric in ("mse", "mae", "psnr", "ssim"):
             np.testing.assert_allclose(a[1][name][metric]["frames"], b[1][name][metric]["frames"], rtol=1e-3)
-    for x, y in zip(*(np.loadtxt(log.splitlines()[1:], delimiter=",") for log in (a[2], b[2]))):
+    for x, y in zip(*(np.loadtxt(log.splitlines()[1:], delimiter=",") for log in (a[2], b[2])), strict=True):
         np.testing.assert_allclose(x[:4], y[:4], rtol=1e-4)
 
 
@@ -95,7 +97,18 @@ def test_interrupting_one_stops_all(tmp_path):
     os.kill(children(process.pid)[0], signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "--resume runs/a" in err and OURS not in err, err
-    torch.load(last, weights_only=True)
+    assert f"stopped at iteration {torch.load(last, weights_only=True)['iteration']}, saved" in err
+
+
+def test_what_one_process_alone_finds_wrong_is_said(monkeypatch, capsys):
+    """The first of two waits for the other, on whose machine the data are missing."""
+    monkeypatch.setattr(train, "processes", train.Processes())
+    for name, value in dict(count=2, rank=1, first=False).items():
+        monkeypatch.setattr(train.processes, name, value)
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    assert train.main(["convlstm", "--device", "cpu", "--data", "nosuch.npy"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: process 1: ") and "nosuch.npy" in err and err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -131,3 +144,6 @@ def test_more_processes_than_sequences(tmp_path):
     _, err = finish(start(2, *SETTINGS, "--batch", 1, cwd=tmp_path), status=1)
     assert "--batch 1 over 2 processes" in err and OURS not in err
     assert not (tmp_path / "runs").exists()
+    finish(start(1, *SETTINGS, "--batch", 1, "--iterations", 1, "--name", "a", cwd=tmp_path))
+    _, err = finish(start(2, "--resume", "runs/a", cwd=tmp_path), status=1)
+    assert "its batch of 1 over 2 processes" in err and OURS not in err
