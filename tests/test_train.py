@@ -28,8 +28,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    assert handlers == {s: signal.getsignal(s) for s in handlers}     # what train.py takes, it gives back
 
 
 def run(*arguments):
@@ -320,6 +319,20 @@ def test_a_run_is_gone_on_with_from_any_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run("--resume", "../runs/a", "--iterations", 3) == 0
+
+
+def test_a_bf16_run_on_a_cpu_without_bf16(monkeypatch, capsys):
+    """Cannot be started there, but goes on and is evaluated in fp32."""
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: False)
+    refused(capsys, *TINY, "--precision", "bf16")
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)          # without it autocast computes all the same, slowly
+    assert run(*TINY, "--precision", "bf16", "--iterations", 2, "--name", "a") == 0
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: False)
+    assert run("--eval", "runs/a", "--eval-sequences", 2) == 0
+    assert json.loads(Path("runs/a/config.json").read_text())["precision"] == "bf16"
+    assert run("--resume", "runs/a", "--iterations", 3) == 0
+    assert "going on in fp32" in capsys.readouterr().out
+    assert json.loads(Path("runs/a/config.json").read_text())["precision"] == "fp32"
 
 
 def test_no_terminal_is_too_plain(capsys):
