@@ -103,10 +103,9 @@ class Processes:
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
-    def share(self, total, rank=None):
-        """A process's, this one's, part of `total` things: a slice; parts differ by one at the most, the first is largest."""
-        rank = self.rank if rank is None else rank
-        return slice(-(-rank * total // self.count), -(-(rank + 1) * total // self.count))
+    def share(self, total):
+        """This process's part of `total` things: a slice; parts differ by one at the most, and the first is never empty."""
+        return slice(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
 
     def from_first(self, value):
         """The first process's value (anything that pickles), on all."""
@@ -182,14 +181,17 @@ def cpu_has_bf16():
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def computes_in(device, precision):
+    """Whether a device has that arithmetic: tf32 is CUDA's alone, and not every CPU has bf16."""
+    return device.type == "cuda" or precision == "fp32" or precision == "bf16" and cpu_has_bf16()
+
+
 def precision_of(name, device):
     """The arithmetic to train in; sets up what the whole process shares."""
     name = name or ("bf16" if device.type == "cuda" else "fp32")
-    if device.type == "cpu":
-        if name == "tf32":
-            raise UserError("--precision tf32 is CUDA's; on the CPU use fp32 or bf16")
-        if name == "bf16" and not cpu_has_bf16():
-            raise UserError("--precision bf16: this CPU has no bf16 arithmetic; use fp32")
+    if not computes_in(device, name):
+        raise UserError("--precision tf32 is CUDA's; on the CPU use fp32 or bf16" if name == "tf32" else
+                        "--precision bf16: this CPU has no bf16 arithmetic; use fp32")
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     return name
@@ -198,6 +200,12 @@ def precision_of(name, device):
 def autocast(device, precision):
     """Convolutions and matrix products in bf16 where asked for; states, statistics of norms, losses, metrics stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def check_shares(what, batch, way_out):
+    """Refuse more processes than a batch has sequences."""
+    if batch < processes.count:
+        raise UserError(f"{what} {batch} over {processes.count} processes leaves some without a sequence; {way_out}")
 
 
 def settings(args):
@@ -218,8 +226,7 @@ def settings(args):
     training = dict(module.TRAINING[setup])
     training |= training.pop("data").get(clips.name, {})
     batch = pick("batch", training["batch"])
-    if batch < processes.count:
-        raise UserError(f"--batch {batch} over {processes.count} processes leaves some without a sequence; raise --batch")
+    check_shares("--batch", batch, "raise --batch")
     whole = training.get("iterations") or max(1, training["epochs"] * clips.train_count // batch)   # the paper counts epochs
     iterations = pick("iterations", whole)
     on_cpu = device.type == "cpu"
@@ -475,9 +482,8 @@ def score_batches(model, config, part, count, device, stop, baselines=False):
     """
     share = processes.share(count)
     model.eval()
-    # Nobody has more than the first process; all take as many rounds, so that they can agree to stop in each.
-    largest = processes.share(count, rank=0).stop
-    for done in range(0, largest + EVAL_BATCH, EVAL_BATCH):
+    # All take the rounds of the largest share, so that they can agree in each to stop, and one more, which only asks.
+    for done in range(0, -(-count // processes.count) + EVAL_BATCH, EVAL_BATCH):
         if asked := stop.agreed():
             raise Interrupted(asked, "stopped during the evaluation; the run is whole, and --eval RUN evaluates it")
         start = share.start + done
@@ -712,11 +718,9 @@ def command_resume(args):
     if weights != "last":
         raise UserError(f"--resume {args.resume}: a run goes on from its last checkpoint; give its folder")
     config = checkpoint["config"]
-    if config["batch"] < processes.count:
-        raise UserError(f"--resume {args.resume}: its batch of {config['batch']} over {processes.count} processes leaves some "
-                        f"without a sequence; --nproc_per_node={config['batch']} at the most")
+    check_shares(f"--resume {args.resume}: its batch of", config["batch"], f"--nproc_per_node={config['batch']} at the most")
     device = device_of(args.device or config["device"])
-    if device.type == "cpu" and (config["precision"] == "tf32" or config["precision"] == "bf16" and not cpu_has_bf16()):
+    if not computes_in(device, config["precision"]):
         processes.say(f"this CPU has no {config['precision']} arithmetic: going on in fp32")
         config["precision"] = "fp32"
     precision_of(config["precision"], device)
@@ -744,8 +748,8 @@ def trained(args, run):
     folder, weights, checkpoint = load_checkpoint(run)
     config = checkpoint["config"]
     device = device_of(args.device, quick=True)
-    known = device.type == config["device"] and (device.type == "cuda" or config["precision"] != "bf16" or cpu_has_bf16())
-    config["precision"] = precision_of(config["precision"] if known else None, device)
+    same = device.type == config["device"] and computes_in(device, config["precision"])
+    config["precision"] = precision_of(config["precision"] if same else None, device)
     model = build(config)
     model.load_state_dict(checkpoint["model"])
     return folder, weights, config, model.to(device), device, checkpoint
@@ -1365,7 +1369,6 @@ def main(argv=None):
         status, message = attempt(argv)
         if message and not processes.first:
             # All have mostly met the same: the first says it, and torchrun ends the others. Who is left met it alone.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
             message = f"process {processes.rank}: {message}"
         if message:

@@ -316,7 +316,7 @@ def bare(model, frames):
 
 
 def compare(name, args):
-    """One model: {form: {"seconds": median, "spread": [least, most], "bytes": kept}}."""
+    """One model: {form: {"seconds": median, "spread": [least, most], "bytes": kept}}, the bound without bytes; "error"."""
     torch.manual_seed(0)
     module = importlib.import_module(name)
     ours = module.MODEL()
@@ -352,13 +352,12 @@ def compare(name, args):
             start = clock()
             steps[form]()
             times[form].append(clock() - start)
-    found = {BOUND: dict(seconds=statistics.median(times[BOUND]), spread=[min(times[BOUND]), max(times[BOUND])])}
+    found = {form: dict(seconds=statistics.median(each), spread=[min(each), max(each)]) for form, each in times.items()}
     for form, model in forms.items():
         ours.recompute = form == "ours, recompute"
         mask = torch.ones(args.frames - 1, args.batch, dtype=torch.bool)
         with torch.autocast("cpu", torch.bfloat16, enabled=form == "ours, bf16"):
-            kept = train.kept_bytes(model, frames, use_truth=mask)
-        found[form] = dict(seconds=statistics.median(times[form]), spread=[min(times[form]), max(times[form])], bytes=kept)
+            found[form]["bytes"] = train.kept_bytes(model, frames, use_truth=mask)
     return found | {"error": error}
 
 
