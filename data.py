@@ -1,4 +1,4 @@
-"""Sources of frames, and pictures of frames: frames in, frames out.
+"""Sources of frames: datasets, generators, files of your own.
 
 Every dataset is, in the end, clips: float frames in [0, 1], shape (B, T, C, H, W), on the device that trains.
 `open_data` gives an object with the one small interface of `Clips`, and a training batch is a pure function of (seed,
@@ -8,8 +8,9 @@ iteration): a resumed or repeated run sees the same data, on any number of proce
     frames = clips.train(seed=0, iteration=0, batch=8)      # (8, 20, 1, 64, 64), float32 in [0, 1]
     frames = clips.test(0, 100)                             # the first hundred test sequences
 
-Sections: files; draws; clips; Moving MNIST and moving digits; windows cut out of an array; arrays of your own;
-datasets unpacked once: TaxiBJ, KTH, Germany, Typhoon; opening; pictures.
+Sections: clips; draws; Moving MNIST and moving digits (with the first two they stand alone, on torch and numpy); files;
+MNIST's files; windows cut out of an array; arrays of your own; datasets unpacked once: TaxiBJ, KTH, Germany, Typhoon;
+opening.
 """
 
 import bz2
@@ -33,7 +34,6 @@ import zlib
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 try:
     import fcntl
@@ -47,89 +47,6 @@ from tqdm import tqdm
 
 class DataError(Exception):
     """Data that cannot be used. Its message is one line that names the file, the fault and the way out."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-def write_whole(path, content):
-    """Write a file so that it appears whole or not at all, also when the process is killed or the disk is full.
-
-    content: bytes, or a function that is called with the open binary file and writes to it. Returns the path.
-    """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else can read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def progress(iterable=None, **options):
-    """A progress bar on a terminal; elsewhere a plain line now and then, and none for what is soon done."""
-    if not sys.stderr.isatty():
-        options |= {"delay": 30, "mininterval": 30, "maxinterval": 60}
-    return tqdm(iterable, leave=False, **options)
-
-
-@contextlib.contextmanager
-def alone_in(folder):
-    """Let one process at a time fill a folder; the others wait. What killed ones left unfinished there is removed."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):    # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            for path in Path(folder).glob(".*.tmp"):
-                path.unlink()
-        yield
-    finally:
-        os.close(handle)
-
-
-# ---------------------------------------------------------------------------------------------------------------- draws
-
-TRAIN, VALID, TEST, ORDER, STROKES = range(5)  # independent streams of random numbers
-FIXED_SEED = 2015                              # of every fixed set: these never depend on the seed of a run
-
-
-def draws(stream, seed, step, rows, columns):
-    """Raw random numbers, uint32 of shape (rows, columns), that depend on (stream, seed, step) alone.
-
-    Rows are drawn one after the other, so row j is the same however many rows are asked for. Philox's raw output is the
-    same in every version of NumPy and on every machine, which its higher-level methods do not promise.
-    """
-    key = np.array([seed % 2**64, stream << 56 | step], dtype=np.uint64)
-    count = rows * columns
-    raw = np.random.Philox(key=key).random_raw((count + 1) // 2)
-    return raw.astype("<u8").view("<u4")[:count].reshape(rows, columns)
-
-
-def below(raw, n):
-    """Whole numbers 0 … n - 1, uniform, from raw uint32 draws: the high part of raw · n (n up to 2^32)."""
-    return (raw.astype(np.uint64) * np.uint64(n) >> np.uint64(32)).astype(np.int64)
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(seed, epoch, count):
-    return np.argsort(draws(ORDER, seed, epoch, count, 2).view("<u8")[:, 0], kind="stable")
-
-
-def fixed_order(seed, iteration, batch, count):
-    """Which of `count` fixed training clips make up a batch: int64 (batch,).
-
-    Every epoch is a permutation of its own, and a batch may straddle two of them.
-    """
-    places = iteration * batch + np.arange(batch)
-    return np.array([_epoch_order(seed, int(place) // count, count)[place % count] for place in places], np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------- clips
@@ -185,6 +102,43 @@ def _over_255(levels):
     By a tensor: CUDA multiplies by the reciprocal when it divides by a Python number.
     """
     return levels.float() / torch.full((), 255.0, device=levels.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------- draws
+
+TRAIN, VALID, TEST, ORDER, STROKES = range(5)  # independent streams of random numbers
+FIXED_SEED = 2015                              # of every fixed set: these never depend on the seed of a run
+
+
+def draws(stream, seed, step, rows, columns):
+    """Raw random numbers, uint32 of shape (rows, columns), that depend on (stream, seed, step) alone.
+
+    Rows are drawn one after the other, so row j is the same however many rows are asked for. Philox's raw output is the
+    same in every version of NumPy and on every machine, which its higher-level methods do not promise.
+    """
+    key = np.array([seed % 2**64, stream << 56 | step], dtype=np.uint64)
+    count = rows * columns
+    raw = np.random.Philox(key=key).random_raw((count + 1) // 2)
+    return raw.astype("<u8").view("<u4")[:count].reshape(rows, columns)
+
+
+def below(raw, n):
+    """Whole numbers 0 … n - 1, uniform, from raw uint32 draws: the high part of raw · n (n up to 2^32)."""
+    return (raw.astype(np.uint64) * np.uint64(n) >> np.uint64(32)).astype(np.int64)
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed, epoch, count):
+    return np.argsort(draws(ORDER, seed, epoch, count, 2).view("<u8")[:, 0], kind="stable")
+
+
+def fixed_order(seed, iteration, batch, count):
+    """Which of `count` fixed training clips make up a batch: int64 (batch,).
+
+    Every epoch is a permutation of its own, and a batch may straddle two of them.
+    """
+    places = iteration * batch + np.arange(batch)
+    return np.array([_epoch_order(seed, int(place) // count, count)[place % count] for place in places], np.int64)
 
 
 # ------------------------------------------------------------------------------------------ Moving MNIST, moving digits
@@ -306,84 +260,6 @@ def _pad(digits):
     return torch.from_numpy(np.pad(digits, ((0, 0), (1, 1), (1, 1))))
 
 
-MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-                 "https://storage.googleapis.com/cvdf-datasets/mnist/")
-MNIST_FILES = {  # name: (number of digits, SHA-256 of the unpacked file)
-    "train-images-idx3-ubyte": (60_000, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "t10k-images-idx3-ubyte": (10_000, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-}
-
-
-def mnist_digits(folder, name):
-    """The digits of one MNIST file, uint8 (N, 28, 28), downloaded into `folder` first if they are not there.
-
-    The file may lie there plain or as .gz. Raises DataError if it is not the MNIST file, whole, or cannot be had.
-    """
-    count, checksum = MNIST_FILES[name]
-    path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
-    if not path.exists():
-        _folder(folder, "; --data moving_digits needs none")
-        with alone_in(folder):
-            if not path.exists():
-                _download_mnist(path, checksum)
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}): delete it to have it downloaded again") from None
-    if hashlib.sha256(content).hexdigest() != checksum:
-        raise DataError(f"{path} is not the MNIST file of that name (its checksum differs): delete it to have it "
-                        f"downloaded again")
-    return np.frombuffer(content, np.uint8, offset=16).reshape(count, DIGIT, DIGIT)
-
-
-def _download_mnist(path, checksum):
-    """Download path.name from a mirror; it appears under its name only once its unpacked content has the checksum."""
-    faults = []
-    for mirror in MNIST_MIRRORS:
-        try:
-            return write_whole(path, lambda file: file.write(_fetch(mirror + path.name, checksum)))
-        except (OSError, EOFError, zlib.error, ValueError) as error:  # URLError and time-outs are OSErrors
-            faults.append(f"{mirror.split('/')[2]}: {error}")
-    raise DataError(f"cannot download {path.name} ({'; '.join(faults)}): put the file into {path.parent}, or use "
-                    f"--data moving_digits, which needs none")
-
-
-def _fetch(url, checksum, silence=30, limit=600):
-    """The bytes behind a URL, with a progress bar. Gives up after `silence` seconds without data or `limit` in all."""
-    started, parts = time.monotonic(), []
-    with urllib.request.urlopen(url, timeout=silence) as response:
-        total = int(response.headers.get("Content-Length") or 0) or None
-        with progress(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
-            while part := response.read(1 << 16):
-                parts.append(part)
-                bar.update(len(part))
-                if time.monotonic() - started > limit:
-                    raise TimeoutError(f"not done after {limit} seconds")
-    content = b"".join(parts)
-    if hashlib.sha256(gzip.decompress(content)).hexdigest() != checksum:
-        raise ValueError("what it sent is not the file (its checksum differs)")
-    return content
-
-
-def open_moving_mnist(folder, setup="patch4", frames_in=None, horizon=None):
-    """Moving MNIST from the real digits in `folder`; `mnist_test_seq.npy` there is the test set of patch4.
-
-    The last 2,000 of the 60,000 training digits are for validation.
-    """
-    train, test = (mnist_digits(folder, name) for name in MNIST_FILES)
-    standard, path = None, folder / "mnist_test_seq.npy"
-    if setup == "patch4" and path.exists():
-        try:
-            standard = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} is damaged ({error}): remove it, and generated test sequences are used") from None
-        if standard.dtype != np.uint8 or standard.shape != (20, 10_000, CANVAS, CANVAS):
-            raise DataError(f"{path} has {standard.dtype} {standard.shape}, not uint8 (20, 10000, 64, 64): remove it, "
-                            f"and generated test sequences are used")
-    return MovingDigits("moving_mnist", train, test, 2_000, setup, frames_in, horizon, standard)
-
-
 # Strokes of the ten digits in a box of 100 by 100, y downwards: smooth curves through these points. A point given twice
 # in a row makes a corner.
 STROKES_OF = {
@@ -466,6 +342,148 @@ def open_moving_digits(folder=None, setup="patch4", frames_in=None, horizon=None
     2,200 training digits, the last 200 of them for validation, and 500 test digits.
     """
     return MovingDigits("moving_digits", stroke_digits(2_200, 0), stroke_digits(500, 1), 200, setup, frames_in, horizon)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+def write_whole(path, content):
+    """Write a file so that it appears whole or not at all, also when the process is killed or the disk is full.
+
+    content: bytes, or a function that is called with the open binary file and writes to it. Returns the path.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def progress(iterable=None, **options):
+    """A progress bar on a terminal; elsewhere a plain line now and then, and none for what is soon done."""
+    if not sys.stderr.isatty():
+        options |= {"delay": 30, "mininterval": 30, "maxinterval": 60}
+    return tqdm(iterable, leave=False, **options)
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Let one process at a time fill a folder; the others wait. What killed ones left unfinished there is removed."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):    # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            for path in Path(folder).glob(".*.tmp"):
+                path.unlink()
+        yield
+    finally:
+        os.close(handle)
+
+
+READ_ERRORS = (OSError, EOFError, ValueError, TypeError, RuntimeError, OverflowError, SyntaxError, zlib.error,
+               zipfile.BadZipFile, tokenize.TokenError)    # TokenError, SyntaxError: numpy's, of broken headers
+
+
+def _cannot_read(path, error):
+    return DataError(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
+
+
+def _folder(path, way_out=""):
+    """Make a folder; DataError if that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make the folder {path}: {error.strerror}{way_out}") from None
+
+
+# -------------------------------------------------------------------------------------------------------- MNIST's files
+
+MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+                 "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MNIST_FILES = {  # name: (number of digits, SHA-256 of the unpacked file)
+    "train-images-idx3-ubyte": (60_000, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+    "t10k-images-idx3-ubyte": (10_000, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+}
+
+
+def mnist_digits(folder, name):
+    """The digits of one MNIST file, uint8 (N, 28, 28), downloaded into `folder` first if they are not there.
+
+    The file may lie there plain or as .gz. Raises DataError if it is not the MNIST file, whole, or cannot be had.
+    """
+    count, checksum = MNIST_FILES[name]
+    path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
+    if not path.exists():
+        _folder(folder, "; --data moving_digits needs none")
+        with alone_in(folder):
+            if not path.exists():
+                _download_mnist(path, checksum)
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}): delete it to have it downloaded again") from None
+    if hashlib.sha256(content).hexdigest() != checksum:
+        raise DataError(f"{path} is not the MNIST file of that name (its checksum differs): delete it to have it "
+                        f"downloaded again")
+    return np.frombuffer(content, np.uint8, offset=16).reshape(count, DIGIT, DIGIT)
+
+
+def _download_mnist(path, checksum):
+    """Download path.name from a mirror; it appears under its name only once its unpacked content has the checksum."""
+    faults = []
+    for mirror in MNIST_MIRRORS:
+        try:
+            return write_whole(path, lambda file: file.write(_fetch(mirror + path.name, checksum)))
+        except (OSError, EOFError, zlib.error, ValueError) as error:  # URLError and time-outs are OSErrors
+            faults.append(f"{mirror.split('/')[2]}: {error}")
+    raise DataError(f"cannot download {path.name} ({'; '.join(faults)}): put the file into {path.parent}, or use "
+                    f"--data moving_digits, which needs none")
+
+
+def _fetch(url, checksum, silence=30, limit=600):
+    """The bytes behind a URL, with a progress bar. Gives up after `silence` seconds without data or `limit` in all."""
+    started, parts = time.monotonic(), []
+    with urllib.request.urlopen(url, timeout=silence) as response:
+        total = int(response.headers.get("Content-Length") or 0) or None
+        with progress(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
+            while part := response.read(1 << 16):
+                parts.append(part)
+                bar.update(len(part))
+                if time.monotonic() - started > limit:
+                    raise TimeoutError(f"not done after {limit} seconds")
+    content = b"".join(parts)
+    if hashlib.sha256(gzip.decompress(content)).hexdigest() != checksum:
+        raise ValueError("what it sent is not the file (its checksum differs)")
+    return content
+
+
+def open_moving_mnist(folder, setup="patch4", frames_in=None, horizon=None):
+    """Moving MNIST from the real digits in `folder`; `mnist_test_seq.npy` there is the test set of patch4.
+
+    The last 2,000 of the 60,000 training digits are for validation.
+    """
+    train, test = (mnist_digits(folder, name) for name in MNIST_FILES)
+    standard, path = None, folder / "mnist_test_seq.npy"
+    if setup == "patch4" and path.exists():
+        try:
+            standard = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path} is damaged ({error}): remove it, and generated test sequences are used") from None
+        if standard.dtype != np.uint8 or standard.shape != (20, 10_000, CANVAS, CANVAS):
+            raise DataError(f"{path} has {standard.dtype} {standard.shape}, not uint8 (20, 10000, 64, 64): remove it, "
+                            f"and generated test sequences are used")
+    return MovingDigits("moving_mnist", train, test, 2_000, setup, frames_in, horizon, standard)
 
 
 # ------------------------------------------------------------------------------- windows cut out of an array of frames
@@ -551,12 +569,6 @@ def hold_out(starts, count, length):
 # --------------------------------------------------------------------------------------------------- arrays of your own
 
 PIECE = 1 << 26    # bytes that are looked at at a time
-READ_ERRORS = (OSError, EOFError, ValueError, TypeError, RuntimeError, OverflowError, SyntaxError, zlib.error,
-               zipfile.BadZipFile, tokenize.TokenError)    # TokenError, SyntaxError: numpy's, of broken headers
-
-
-def _cannot_read(path, error):
-    return DataError(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def _header(file, path):
@@ -631,14 +643,6 @@ def _checked_range(frames, path, name, first, folder):
     _folder(folder)
     write_whole(kept, json.dumps({"file": key[0], "state": state, "range": [low, high]}).encode())
     return low, high
-
-
-def _folder(path, way_out=""):
-    """Make a folder; DataError if that cannot be done."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot make the folder {path}: {error.strerror}{way_out}") from None
 
 
 def _cut(stop, film, length):
@@ -1507,260 +1511,3 @@ def open_data(name_or_path, data_dir="data", setup="patch4", frames_in=None, hor
     if path.exists():
         return open_own(path, Path(data_dir) / "own", frames_in, horizon, normalize)
     raise DataError(f"no dataset and no file is called {name_or_path}; datasets: {', '.join(DATASETS)}")
-
-
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-def _chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def _png_header(image):
-    """The signature and IHDR of a uint8 image (H, W), grey, or (H, W, 3), RGB."""
-    height, width = image.shape[:2]
-    colour = 0 if image.ndim == 2 else 2
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
-
-
-def _png_pixels(image):
-    """The compressed rows of an image, each behind a zero: "no filter"."""
-    rows = np.ascontiguousarray(image).reshape(len(image), -1)
-    return zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes(), 6)
-
-
-def png_bytes(image):
-    """A PNG file of a uint8 image (H, W), grey, or (H, W, 3), RGB."""
-    return _png_header(image) + _chunk(b"IDAT", _png_pixels(image)) + _chunk(b"IEND", b"")
-
-
-def apng_bytes(images, delay_ms=200):
-    """An animated PNG that loops for ever, from uint8 images (T, H, W), grey, or (T, H, W, 3), RGB."""
-    height, width = images[0].shape[:2]
-    content, number = _png_header(images[0]) + _chunk(b"acTL", struct.pack(">II", len(images), 0)), 0
-    for t, image in enumerate(images):
-        content += _chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, 0, 0, delay_ms, 1000, 0, 0))
-        number += 1
-        if t == 0:
-            content += _chunk(b"IDAT", _png_pixels(image))
-        else:
-            content += _chunk(b"fdAT", struct.pack(">I", number) + _png_pixels(image))
-            number += 1
-    return content + _chunk(b"IEND", b"")
-
-
-# The printable ASCII characters from the blank on, five columns of seven dots each, the lowest bit at the top.
-FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
-    "000000000000005f00000007000700147f147f14242a7f2a12231308646236495620500000070000001c2241000041221c00"
-    "2a1c7f1c2a08083e080800403000000808080808000060600020100804023e5149453e00427f400062514949462241494936"
-    "1814127f1027454545393c4a49493001710905033649494936064949291e0000363600004036000000081422411414141414"
-    "412214080002015909063e415d555e7c1211127c7f494949363e414141227f4141413e7f494949417f090909013e4149497a"
-    "7f0808087f00417f41002040413f017f081422417f404040407f020c027f7f0408107f3e4141413e7f090909063e4151215e"
-    "7f09192946264949493201017f01013f4040403f1f2040201f3f4038403f631408146307087008076151494543007f414100"
-    "02040810200041417f0004020102044040404040000102040020545454787f484444383844444428384444487f3854545418"
-    "087e0901020c5252523e7f0804047800447d40002040443d007f1028440000417f40007c041804787c080404783844444438"
-    "7c14141408081414147c7c080404084854545424043f4440203c4040207c1c2040201c3c4030403c44281028440c5050503c"
-    "4464544c44000836410000007f000000413608000804081008"
-), np.uint8).reshape(95, 5, 1), axis=2, bitorder="little")[:, :, :7].swapaxes(1, 2).astype(bool)  # (95, 7, 5)
-
-
-def text_size(text, scale=1):
-    """(height, width) in pixels of a line of text as `draw_text` draws it."""
-    return 7 * scale, max(6 * len(text) - 1, 0) * scale
-
-
-def draw_text(canvas, y, x, text, colour=0, scale=1):
-    """Write a line of ASCII text into a uint8 canvas (H, W) or (H, W, 3), its upper left corner at (y, x).
-
-    colour: a level, or three of them. What does not fit is cut off; other characters come out as "?".
-    """
-    for character in text:
-        index = ord(character) - 32
-        dots = FONT[index if 0 <= index < 95 else ord("?") - 32].repeat(scale, 0).repeat(scale, 1)
-        place = canvas[max(y, 0):max(y + 7 * scale, 0), max(x, 0):max(x + 5 * scale, 0)]
-        dots = dots[max(-y, 0):, max(-x, 0):][:place.shape[0], :place.shape[1]]
-        place[dots] = colour
-        x += 6 * scale
-
-
-def levels(frames):
-    """Frames in [0, 1] as uint8 levels for a picture; clipped, NaN as 0."""
-    frames = torch.as_tensor(frames).detach().float().cpu().nan_to_num(0.0)
-    return (frames.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-
-
-def resize(images, smallest=64, largest=256):
-    """Images (..., H, W) magnified by a whole number until their shorter side has `smallest` pixels, or thinned out
-    until the longer side has at most `largest`."""
-    height, width = images.shape[-2:]
-    step = -(-max(height, width) // largest)
-    images = images[..., ::step, ::step]
-    times = max(1, smallest // min(images.shape[-2:])) if step == 1 else 1
-    return images.repeat(times, -2).repeat(times, -1)
-
-
-def fit(images, size):
-    """Images (..., H, W) as (..., *size), every pixel that of the place it comes from: nothing is smoothed."""
-    rows, columns = (np.arange(new) * old // new for new, old in zip(size, images.shape[-2:]))
-    return images[..., rows[:, None], columns]
-
-
-def _palette():
-    """256 colours from black through red to yellow: uint8 (256, 3).
-
-    A curve in Oklab (Ottosson 2020) of evenly rising lightness: equal steps look equal, also in grey print and to the
-    colour-blind.
-    """
-    t = np.linspace(0, 1, 256)[:, None]
-    lab = ((1 - t)**2 * [0.12, 0.03, -0.08] + 2 * t * (1 - t) * [0.535, 0.23, 0.03] + t**2 * [0.95, -0.02, 0.125])
-    cones = lab @ [[1, 1, 1], [0.3963377774, -0.1055613458, -0.0894841775],
-                   [0.2158037573, -0.0638541728, -1.291485548]]
-    linear = cones**3 @ [[4.0767416621, -1.2684380046, -0.0041960863], [-3.3077115913, 2.6097574011, -0.7034186147],
-                         [0.2309699292, -0.3413193965, 1.7076147010]]
-    linear = linear.clip(0, 1)
-    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear**(1 / 2.4) - 0.055)
-    return np.rint(255 * srgb).astype(np.uint8)
-
-
-PALETTE = _palette()
-NO_DATA = (150, 160, 170)                                         # a grey that no palette has
-RAIN_CLASSES = (0.1, 0.5, 1, 2, 5, 10)                            # mm/h, the lower bounds of all classes but the first
-RAIN_COLOURS = np.concatenate([[[255, 255, 255]], PALETTE[::-1][np.linspace(8, 255, 6).astype(int)]]).astype(np.uint8)
-RAIN_LEGEND = [(NO_DATA, "no data")] + list(zip(RAIN_COLOURS.tolist(), ["< 0.1 mm/h"] + [
-    f"{low:g} - {high:g}" for low, high in zip(RAIN_CLASSES, RAIN_CLASSES[1:])] + [f">= {RAIN_CLASSES[-1]:g} mm/h"]))
-
-
-def heat(values, low, high):
-    """Values (...) in colours of PALETTE, uint8 (..., 3): `low` and less the darkest, `high` and more the lightest.
-
-    Raises ValueError for NaN and infinity, which no colour stands for.
-    """
-    values = torch.as_tensor(values).detach().cpu().double().numpy()
-    if not np.isfinite(values).all():
-        raise ValueError("NaN or infinity among the values to be drawn")
-    share = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    return PALETTE[np.rint(share.clip(0, 1) * 255).astype(int)]
-
-
-def draw_cross(images, y, x, reach=4):
-    """Mark a pixel of uint8 images (..., H, W, 3) with a white "+" edged in black, its centre left open."""
-    height, width = images.shape[-3:-1]
-    for thick, colour in ((1, 0), (0, 255)):
-        for arm in (*range(-reach - thick, 0), *range(1, reach + thick + 1)):
-            for side in range(-thick, thick + 1):
-                for dy, dx in ((arm, side), (side, arm)):
-                    if (dy or dx) and 0 <= y + dy < height and 0 <= x + dx < width:
-                        images[..., y + dy, x + dx, :] = colour
-
-
-class Row(NamedTuple):
-    """A row of a sheet: panels of one size."""
-
-    label: str
-    images: np.ndarray          # uint8 (n, h, w), grey, or (n, h, w, 3), RGB
-    scale: tuple = None         # (low, high) of the palette, drawn to the right of the row
-    notes: dict = {}            # {number of a panel: a word written across it}
-
-
-def _constant(values):
-    """The notes of panels (n, h, w) that show nothing: all of one value, but for rounding."""
-    spread = values.max((1, 2)) - values.min((1, 2))
-    return {k: "constant" for k in np.flatnonzero(spread <= 1e-6 * np.abs(values).max((1, 2)))}
-
-
-def heat_row(label, values, size):
-    """Maps (n, h, w) of any values as a row of panels of `size`, in one scale from their least to their greatest value.
-
-    A constant panel is noted as such. Raises ValueError for NaN and infinity.
-    """
-    values = torch.as_tensor(values).detach().cpu().double().numpy()
-    scale = values.min().item(), values.max().item()
-    return Row(label, heat(fit(values, size), *scale), scale, _constant(values))
-
-
-def film_rows(label, frames, unit=None, scale=None, shown=None):
-    """Frames (T, C, H, W) as rows of panels, one a channel, numbered where there are several.
-
-    unit: None, for grey frames in [0, 1]; "mm/h", for rain, in classes; any other, for a heat map of values in that unit
-    with its scale (low, high). shown: bool of the shape of frames, False where there are no data, or None.
-    A constant panel is noted as such.
-    """
-    values = torch.as_tensor(frames).detach().float().cpu()
-    notes = [_constant(channel) for channel in values.nan_to_num(0).numpy().swapaxes(0, 1)]
-    values = resize(values.numpy())
-    if unit is None:
-        images = levels(values)
-    elif unit == "mm/h":
-        images = RAIN_COLOURS[np.searchsorted(np.float32(RAIN_CLASSES), values, side="right")]
-    else:
-        images = heat(values, *scale)
-    if unit is not None and shown is not None:
-        images[~resize(torch.as_tensor(shown).cpu().numpy())] = NO_DATA
-    names = [label] if len(notes) == 1 else [f"{label} {c + 1}/{len(notes)}" for c in range(len(notes))]
-    bar = None if unit in (None, "mm/h") else scale
-    return [Row(name, images[:, c], bar, notes[c]) for c, name in enumerate(names)]
-
-
-def sheet(rows, title="", legend=(), gap=2):
-    """Rows of panels below each other on white: a uint8 image (H, W) where all panels are grey, else (H, W, 3).
-
-    rows: of three kinds: a text, which gets a line of its own; a list of texts, each above a column; a `Row`, its label
-    to the left. All panels have one width. legend: (colour, text) pairs for the foot of the sheet.
-    """
-    panels = [row for row in rows if isinstance(row, Row)]
-    width = panels[0].images.shape[2]
-    left = max(text_size(row.label)[1] for row in panels) + 3 * gap
-    right = left + max(len(row.images) for row in panels) * (width + gap)
-    across = max(right, *(text_size(text)[1] + 2 * gap for text in (title, *rows) if isinstance(text, str)))
-    bars = [row for row in panels if row.scale]
-    ends = {id(row): [f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" for value in row.scale] for row in bars}
-    if bars:
-        across = max(across, right + 5 * gap + 8 + max(text_size(end)[1] for both in ends.values() for end in both))
-    across = max(across, sum(text_size(text)[1] + 22 for _, text in legend) + 2 * gap)
-    line = 7 + 3 * gap
-    heights = [row.images.shape[1] + gap if isinstance(row, Row) else line for row in rows]
-    top = line + gap if title else gap
-    down = top + sum(heights) + (line + 3 * gap if legend else 0)
-    grey = not legend and not bars and all(row.images.ndim == 3 for row in panels)
-    canvas = np.full((down, across) if grey else (down, across, 3), 255, np.uint8)
-
-    draw_text(canvas, 2 * gap, gap, title)
-    y = top
-    for row, height in zip(rows, heights):
-        if isinstance(row, str):
-            draw_text(canvas, y + gap, gap, row)
-        elif isinstance(row, list):
-            for column, text in enumerate(row):
-                draw_text(canvas, y + gap, left + column * (width + gap) + (width - text_size(text)[1]) // 2, text)
-        else:
-            high = height - gap
-            draw_text(canvas, y + (high - 7) // 2, gap, row.label)
-            for k, image in enumerate(row.images):
-                x = left + k * (width + gap)
-                canvas[y:y + high, x:x + width] = image if grey or image.ndim == 3 else image[..., None]
-                if note := row.notes.get(k):
-                    tall, wide = text_size(note)
-                    ny, nx = y + (high - tall) // 2, x + (width - wide) // 2
-                    canvas[ny - 2:ny + tall + 2, max(nx - 2, x):min(nx + wide + 2, x + width)] = 255
-                    draw_text(canvas, ny, nx, note)
-            if row.scale:
-                x = right + 2 * gap
-                canvas[y:y + high, x:x + 8] = PALETTE[np.linspace(255, 0, high).round().astype(int)][:, None]
-                draw_text(canvas, y + gap, x + 8 + gap, ends[id(row)][1])
-                draw_text(canvas, y + high - 7 - gap, x + 8 + gap, ends[id(row)][0])
-        y += height
-    x = gap
-    for colour, text in legend:
-        canvas[y + gap:y + gap + 11, x:x + 11] = 0
-        canvas[y + gap + 1:y + gap + 10, x + 1:x + 10] = colour
-        draw_text(canvas, y + gap + 2, x + 14, text)
-        x += text_size(text)[1] + 22
-    return canvas
-
-
-def film_strip(rows, title=""):
-    """Films below each other, a label to the left of each: a uint8 image (H, W), black on white.
-
-    rows: a list of (label, frames), frames (T, C, H, W) in [0, 1], all of one frame size. Every channel gets a row of
-    its own, numbered where there are several.
-    """
-    return sheet([row for label, frames in rows for row in film_rows(label, frames)], title)

@@ -1,4 +1,4 @@
-"""Scores of predicted frames, the table at the end of a run, and curves as SVG.
+"""What a forecast is worth: scores of predicted frames, the table at the end of a run, curves as SVG, pictures as PNG.
 
 Frames are tensors (B, T, C, H, W) with values in [0, 1], scored where they lie (CPU or CUDA) in float64.
 
@@ -11,9 +11,13 @@ Frames are tensors (B, T, C, H, W) with values in [0, 1], scored where they lie 
 """
 
 import math
+import struct
 import textwrap
+import zlib
 from html import escape
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 RAIN_THRESHOLDS = (0.5, 2, 5)  # mm/h
@@ -381,3 +385,260 @@ def _axis(values, start, end, log):
 def _text(x, y, text, anchor="middle", size=11, turn=0):
     rotate = f' transform="rotate({turn} {x:.2f} {y:.2f})"' if turn else ""
     return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}"{rotate}>{escape(text)}</text>'
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+def _chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def _png_header(image):
+    """The signature and IHDR of a uint8 image (H, W), grey, or (H, W, 3), RGB."""
+    height, width = image.shape[:2]
+    colour = 0 if image.ndim == 2 else 2
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+
+
+def _png_pixels(image):
+    """The compressed rows of an image, each behind a zero: "no filter"."""
+    rows = np.ascontiguousarray(image).reshape(len(image), -1)
+    return zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes(), 6)
+
+
+def png_bytes(image):
+    """A PNG file of a uint8 image (H, W), grey, or (H, W, 3), RGB."""
+    return _png_header(image) + _chunk(b"IDAT", _png_pixels(image)) + _chunk(b"IEND", b"")
+
+
+def apng_bytes(images, delay_ms=200):
+    """An animated PNG that loops for ever, from uint8 images (T, H, W), grey, or (T, H, W, 3), RGB."""
+    height, width = images[0].shape[:2]
+    content, number = _png_header(images[0]) + _chunk(b"acTL", struct.pack(">II", len(images), 0)), 0
+    for t, image in enumerate(images):
+        content += _chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, 0, 0, delay_ms, 1000, 0, 0))
+        number += 1
+        if t == 0:
+            content += _chunk(b"IDAT", _png_pixels(image))
+        else:
+            content += _chunk(b"fdAT", struct.pack(">I", number) + _png_pixels(image))
+            number += 1
+    return content + _chunk(b"IEND", b"")
+
+
+# The printable ASCII characters from the blank on, five columns of seven dots each, the lowest bit at the top.
+FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
+    "000000000000005f00000007000700147f147f14242a7f2a12231308646236495620500000070000001c2241000041221c00"
+    "2a1c7f1c2a08083e080800403000000808080808000060600020100804023e5149453e00427f400062514949462241494936"
+    "1814127f1027454545393c4a49493001710905033649494936064949291e0000363600004036000000081422411414141414"
+    "412214080002015909063e415d555e7c1211127c7f494949363e414141227f4141413e7f494949417f090909013e4149497a"
+    "7f0808087f00417f41002040413f017f081422417f404040407f020c027f7f0408107f3e4141413e7f090909063e4151215e"
+    "7f09192946264949493201017f01013f4040403f1f2040201f3f4038403f631408146307087008076151494543007f414100"
+    "02040810200041417f0004020102044040404040000102040020545454787f484444383844444428384444487f3854545418"
+    "087e0901020c5252523e7f0804047800447d40002040443d007f1028440000417f40007c041804787c080404783844444438"
+    "7c14141408081414147c7c080404084854545424043f4440203c4040207c1c2040201c3c4030403c44281028440c5050503c"
+    "4464544c44000836410000007f000000413608000804081008"
+), np.uint8).reshape(95, 5, 1), axis=2, bitorder="little")[:, :, :7].swapaxes(1, 2).astype(bool)  # (95, 7, 5)
+
+
+def text_size(text, scale=1):
+    """(height, width) in pixels of a line of text as `draw_text` draws it."""
+    return 7 * scale, max(6 * len(text) - 1, 0) * scale
+
+
+def draw_text(canvas, y, x, text, colour=0, scale=1):
+    """Write a line of ASCII text into a uint8 canvas (H, W) or (H, W, 3), its upper left corner at (y, x).
+
+    colour: a level, or three of them. What does not fit is cut off; other characters come out as "?".
+    """
+    for character in text:
+        index = ord(character) - 32
+        dots = FONT[index if 0 <= index < 95 else ord("?") - 32].repeat(scale, 0).repeat(scale, 1)
+        place = canvas[max(y, 0):max(y + 7 * scale, 0), max(x, 0):max(x + 5 * scale, 0)]
+        dots = dots[max(-y, 0):, max(-x, 0):][:place.shape[0], :place.shape[1]]
+        place[dots] = colour
+        x += 6 * scale
+
+
+def levels(frames):
+    """Frames in [0, 1] as uint8 levels for a picture; clipped, NaN as 0."""
+    frames = torch.as_tensor(frames).detach().float().cpu().nan_to_num(0.0)
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+
+def resize(images, smallest=64, largest=256):
+    """Images (..., H, W) magnified by a whole number until their shorter side has `smallest` pixels, or thinned out
+    until the longer side has at most `largest`."""
+    height, width = images.shape[-2:]
+    step = -(-max(height, width) // largest)
+    images = images[..., ::step, ::step]
+    times = max(1, smallest // min(images.shape[-2:])) if step == 1 else 1
+    return images.repeat(times, -2).repeat(times, -1)
+
+
+def fit(images, size):
+    """Images (..., H, W) as (..., *size), every pixel that of the place it comes from: nothing is smoothed."""
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, images.shape[-2:]))
+    return images[..., rows[:, None], columns]
+
+
+def _palette():
+    """256 colours from black through red to yellow: uint8 (256, 3).
+
+    A curve in Oklab (Ottosson 2020) of evenly rising lightness: equal steps look equal, also in grey print and to the
+    colour-blind.
+    """
+    t = np.linspace(0, 1, 256)[:, None]
+    lab = ((1 - t)**2 * [0.12, 0.03, -0.08] + 2 * t * (1 - t) * [0.535, 0.23, 0.03] + t**2 * [0.95, -0.02, 0.125])
+    cones = lab @ [[1, 1, 1], [0.3963377774, -0.1055613458, -0.0894841775],
+                   [0.2158037573, -0.0638541728, -1.291485548]]
+    linear = cones**3 @ [[4.0767416621, -1.2684380046, -0.0041960863], [-3.3077115913, 2.6097574011, -0.7034186147],
+                         [0.2309699292, -0.3413193965, 1.7076147010]]
+    linear = linear.clip(0, 1)
+    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear**(1 / 2.4) - 0.055)
+    return np.rint(255 * srgb).astype(np.uint8)
+
+
+PALETTE = _palette()
+NO_DATA = (150, 160, 170)                                         # a grey that no palette has
+RAIN_CLASSES = (0.1, 0.5, 1, 2, 5, 10)                            # mm/h, the lower bounds of all classes but the first
+RAIN_COLOURS = np.concatenate([[[255, 255, 255]], PALETTE[::-1][np.linspace(8, 255, 6).astype(int)]]).astype(np.uint8)
+RAIN_LEGEND = [(NO_DATA, "no data")] + list(zip(RAIN_COLOURS.tolist(), ["< 0.1 mm/h"] + [
+    f"{low:g} - {high:g}" for low, high in zip(RAIN_CLASSES, RAIN_CLASSES[1:])] + [f">= {RAIN_CLASSES[-1]:g} mm/h"]))
+
+
+def heat(values, low, high):
+    """Values (...) in colours of PALETTE, uint8 (..., 3): `low` and less the darkest, `high` and more the lightest.
+
+    Raises ValueError for NaN and infinity, which no colour stands for.
+    """
+    values = torch.as_tensor(values).detach().cpu().double().numpy()
+    if not np.isfinite(values).all():
+        raise ValueError("NaN or infinity among the values to be drawn")
+    share = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return PALETTE[np.rint(share.clip(0, 1) * 255).astype(int)]
+
+
+def draw_cross(images, y, x, reach=4):
+    """Mark a pixel of uint8 images (..., H, W, 3) with a white "+" edged in black, its centre left open."""
+    height, width = images.shape[-3:-1]
+    for thick, colour in ((1, 0), (0, 255)):
+        for arm in (*range(-reach - thick, 0), *range(1, reach + thick + 1)):
+            for side in range(-thick, thick + 1):
+                for dy, dx in ((arm, side), (side, arm)):
+                    if (dy or dx) and 0 <= y + dy < height and 0 <= x + dx < width:
+                        images[..., y + dy, x + dx, :] = colour
+
+
+class Row(NamedTuple):
+    """A row of a sheet: panels of one size."""
+
+    label: str
+    images: np.ndarray          # uint8 (n, h, w), grey, or (n, h, w, 3), RGB
+    scale: tuple = None         # (low, high) of the palette, drawn to the right of the row
+    notes: dict = {}            # {number of a panel: a word written across it}
+
+
+def _constant(values):
+    """The notes of panels (n, h, w) that show nothing: all of one value, but for rounding."""
+    spread = values.max((1, 2)) - values.min((1, 2))
+    return {k: "constant" for k in np.flatnonzero(spread <= 1e-6 * np.abs(values).max((1, 2)))}
+
+
+def heat_row(label, values, size):
+    """Maps (n, h, w) of any values as a row of panels of `size`, in one scale from their least to their greatest value.
+
+    A constant panel is noted as such. Raises ValueError for NaN and infinity.
+    """
+    values = torch.as_tensor(values).detach().cpu().double().numpy()
+    scale = values.min().item(), values.max().item()
+    return Row(label, heat(fit(values, size), *scale), scale, _constant(values))
+
+
+def film_rows(label, frames, unit=None, scale=None, shown=None):
+    """Frames (T, C, H, W) as rows of panels, one a channel, numbered where there are several.
+
+    unit: None, for grey frames in [0, 1]; "mm/h", for rain, in classes; any other, for a heat map of values in that unit
+    with its scale (low, high). shown: bool of the shape of frames, False where there are no data, or None.
+    A constant panel is noted as such.
+    """
+    values = torch.as_tensor(frames).detach().float().cpu()
+    notes = [_constant(channel) for channel in values.nan_to_num(0).numpy().swapaxes(0, 1)]
+    values = resize(values.numpy())
+    if unit is None:
+        images = levels(values)
+    elif unit == "mm/h":
+        images = RAIN_COLOURS[np.searchsorted(np.float32(RAIN_CLASSES), values, side="right")]
+    else:
+        images = heat(values, *scale)
+    if unit is not None and shown is not None:
+        images[~resize(torch.as_tensor(shown).cpu().numpy())] = NO_DATA
+    names = [label] if len(notes) == 1 else [f"{label} {c + 1}/{len(notes)}" for c in range(len(notes))]
+    bar = None if unit in (None, "mm/h") else scale
+    return [Row(name, images[:, c], bar, notes[c]) for c, name in enumerate(names)]
+
+
+def sheet(rows, title="", legend=(), gap=2):
+    """Rows of panels below each other on white: a uint8 image (H, W) where all panels are grey, else (H, W, 3).
+
+    rows: of three kinds: a text, which gets a line of its own; a list of texts, each above a column; a `Row`, its label
+    to the left. All panels have one width. legend: (colour, text) pairs for the foot of the sheet.
+    """
+    panels = [row for row in rows if isinstance(row, Row)]
+    width = panels[0].images.shape[2]
+    left = max(text_size(row.label)[1] for row in panels) + 3 * gap
+    right = left + max(len(row.images) for row in panels) * (width + gap)
+    across = max(right, *(text_size(text)[1] + 2 * gap for text in (title, *rows) if isinstance(text, str)))
+    bars = [row for row in panels if row.scale]
+    ends = {id(row): [f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" for value in row.scale] for row in bars}
+    if bars:
+        across = max(across, right + 5 * gap + 8 + max(text_size(end)[1] for both in ends.values() for end in both))
+    across = max(across, sum(text_size(text)[1] + 22 for _, text in legend) + 2 * gap)
+    line = 7 + 3 * gap
+    heights = [row.images.shape[1] + gap if isinstance(row, Row) else line for row in rows]
+    top = line + gap if title else gap
+    down = top + sum(heights) + (line + 3 * gap if legend else 0)
+    grey = not legend and not bars and all(row.images.ndim == 3 for row in panels)
+    canvas = np.full((down, across) if grey else (down, across, 3), 255, np.uint8)
+
+    draw_text(canvas, 2 * gap, gap, title)
+    y = top
+    for row, height in zip(rows, heights):
+        if isinstance(row, str):
+            draw_text(canvas, y + gap, gap, row)
+        elif isinstance(row, list):
+            for column, text in enumerate(row):
+                draw_text(canvas, y + gap, left + column * (width + gap) + (width - text_size(text)[1]) // 2, text)
+        else:
+            high = height - gap
+            draw_text(canvas, y + (high - 7) // 2, gap, row.label)
+            for k, image in enumerate(row.images):
+                x = left + k * (width + gap)
+                canvas[y:y + high, x:x + width] = image if grey or image.ndim == 3 else image[..., None]
+                if note := row.notes.get(k):
+                    tall, wide = text_size(note)
+                    ny, nx = y + (high - tall) // 2, x + (width - wide) // 2
+                    canvas[ny - 2:ny + tall + 2, max(nx - 2, x):min(nx + wide + 2, x + width)] = 255
+                    draw_text(canvas, ny, nx, note)
+            if row.scale:
+                x = right + 2 * gap
+                canvas[y:y + high, x:x + 8] = PALETTE[np.linspace(255, 0, high).round().astype(int)][:, None]
+                draw_text(canvas, y + gap, x + 8 + gap, ends[id(row)][1])
+                draw_text(canvas, y + high - 7 - gap, x + 8 + gap, ends[id(row)][0])
+        y += height
+    x = gap
+    for colour, text in legend:
+        canvas[y + gap:y + gap + 11, x:x + 11] = 0
+        canvas[y + gap + 1:y + gap + 10, x + 1:x + 10] = colour
+        draw_text(canvas, y + gap + 2, x + 14, text)
+        x += text_size(text)[1] + 22
+    return canvas
+
+
+def film_strip(rows, title=""):
+    """Films below each other, a label to the left of each: a uint8 image (H, W), black on white.
+
+    rows: a list of (label, frames), frames (T, C, H, W) in [0, 1], all of one frame size. Every channel gets a row of
+    its own, numbered where there are several.
+    """
+    return sheet([row for label, frames in rows for row in film_rows(label, frames)], title)

@@ -9,7 +9,8 @@ Nothing here knows a model's inside: a model file is picked by name, and its con
 is used. A run is a pure function of its settings: clips and sampling masks depend on (seed, iteration) alone, so a
 checkpoint needs no random state, and a resumed run goes on bit for bit.
 
-Sections: errors and interruptions; processes; settings; training; evaluation; runs; commands; figures; command line.
+Sections: settings; training; evaluation; runs; commands; figures; bench; errors and interruptions; processes; command
+line.
 """
 
 import argparse
@@ -43,107 +44,6 @@ QUICK = dict(data="moving_digits", layers=2, hidden=16, kernel=3, patch=4, batch
              iterations=270, no_reverse=True, eval_sequences=100)
 EVAL_BATCH = 16                     # sequences at a time; fixed, so that an evaluation can be repeated to the bit
 MASK_STREAM = 16                    # of data.draws, for scheduled sampling
-
-
-# ------------------------------------------------------------------------------------------- errors and interruptions
-
-class UserError(Exception):
-    """Something the user can mend: one line on stderr, exit status 2."""
-
-
-class RunError(Exception):
-    """A run that cannot go on: one line on stderr, exit status 1."""
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM, once the run is saved: exit status 130 or 143."""
-
-    def __init__(self, signum, message):
-        super().__init__(message)
-        self.signum = signum
-
-
-class Stop:
-    """Within it Ctrl-C and SIGTERM ask to stop, and loops do so between two iterations; a second Ctrl-C does not wait.
-
-    Under torchrun it does: launcher and scheduler may each pass one on, and torchrun itself kills who takes 30 seconds.
-    """
-
-    def __enter__(self):
-        self.signum = 0
-        self.before = {signum: signal.signal(signum, self._ask) for signum in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def _ask(self, signum, _):
-        self.signum = signum
-        if processes.count == 1:
-            signal.signal(signum, signal.SIG_DFL)
-
-    def agreed(self):
-        """The signal that any process got, on all of them alike; 0 for none."""
-        return processes.maximum(self.signum)
-
-
-# ---------------------------------------------------------------------------------------------------------- processes
-
-class Processes:
-    """This process among those that torchrun started, or alone."""
-
-    def __init__(self):
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.first = self.rank == 0
-
-    def start(self):
-        if self.count > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-
-    def share(self, total):
-        """This process's part of `total` things: a slice; parts differ by one at the most, and the first is never empty."""
-        return slice(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
-
-    def from_first(self, value):
-        """The first process's value (anything that pickles), on all."""
-        box = [value]
-        if self.count > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
-    def from_all(self, value):
-        """Every process's value, in the order of their ranks."""
-        box = [value]
-        if self.count > 1:
-            box = [None] * self.count
-            dist.all_gather_object(box, value)
-        return box
-
-    def sum(self, tensor):
-        """The sum over the processes of a tensor, a new one."""
-        tensor = tensor.clone()
-        if self.count > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def maximum(self, number):
-        """The largest of the processes' whole numbers; over the CPU, so that no device has to be waited for."""
-        if self.count == 1:
-            return number
-        tensor = torch.tensor(number)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor)
-
-    def say(self, *text):
-        if self.first:
-            tqdm.write(" ".join(map(str, text)))
-            sys.stdout.flush()
-
-
-processes = Processes()
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -586,7 +486,7 @@ def write_film_strip(model, config, clips, device, path, iteration, sequences=3)
     rows = []
     for one in zip(known.cpu(), future.cpu(), forecast.cpu(), (future - forecast).abs().cpu()):
         rows += zip(("input", "truth", "forecast", "|error|"), one)
-    data.write_whole(path, data.png_bytes(data.film_strip(rows, label_of(config, clips, iteration))))
+    data.write_whole(path, metrics.png_bytes(metrics.film_strip(rows, label_of(config, clips, iteration))))
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -791,7 +691,7 @@ def command_predict(args):
     data.write_whole(path, lambda file: np.save(file, array))
     known, future = films.frames(0, 1)[0], forecast[0].clamp(0, 1)
     title = f"{config['model']} {config['variant']} {config['setup']}, {Path(args.data).name}, iteration {checkpoint['iteration']}"
-    data.write_whole(path.with_suffix(".png"), data.png_bytes(data.film_strip([("input", known), ("forecast", future)], title)))
+    data.write_whole(path.with_suffix(".png"), metrics.png_bytes(metrics.film_strip([("input", known), ("forecast", future)], title)))
     print(f"{path}: {array.dtype} {array.shape}, {horizon} frames beyond the end of {films.count} film(s)\n"
           f"{path.with_suffix('.png')}: the first of them")
 
@@ -918,12 +818,12 @@ class Figures:
             frames, forecast = in_units(self.clips, frames), in_units(self.clips, predictions[past - 1:])
             error, scale = (forecast - frames[past:]).abs(), range_of(frames, forecast)
             rows += [f"{name} of {self.count}: test sequence {number}, MSE {mse:.4g}",
-                     *data.film_rows("input", frames[:past], unit, scale, shown[:past]),
-                     *data.film_rows("truth", frames[past:], unit, scale, shown[past:]),
-                     *data.film_rows("forecast", forecast, unit, scale, shown[past:]),
-                     *data.film_rows("|difference|", error, unit, (0.0, error.max().item()), shown[past:])]
+                     *metrics.film_rows("input", frames[:past], unit, scale, shown[:past]),
+                     *metrics.film_rows("truth", frames[past:], unit, scale, shown[past:]),
+                     *metrics.film_rows("forecast", forecast, unit, scale, shown[past:]),
+                     *metrics.film_rows("|difference|", error, unit, (0.0, error.max().item()), shown[past:])]
             nothing = torch.zeros_like(frames[:past])
-            moving += zip(*(data.film_rows(name, film, unit, scale, shown) for film in (
+            moving += zip(*(metrics.film_rows(name, film, unit, scale, shown) for film in (
                 frames, torch.cat([nothing, forecast]), torch.cat([nothing, error]))))
         pictures = []
         for t in range(len(frames)):
@@ -935,9 +835,9 @@ class Figures:
                 if t < past:
                     images[1:], notes = 200, {1: "reading"}
                 lines.append(trio[0]._replace(images=images, notes=notes))
-            pictures.append(data.sheet(lines, title, legend))
-        return {"films.png": data.png_bytes(data.sheet(rows, title, legend)),
-                "films_animated.png": data.apng_bytes(pictures, 300)}
+            pictures.append(metrics.sheet(lines, title, legend))
+        return {"films.png": metrics.png_bytes(metrics.sheet(rows, title, legend)),
+                "films_animated.png": metrics.apng_bytes(pictures, 300)}
 
     def curves(self):
         """Frame-wise scores; the loss and the validation's MSE over the iterations."""
@@ -971,12 +871,12 @@ class Figures:
                     maps = layers[k][0, self.steps]               # (steps, points, n, h, w) or (steps, n, C, h, w)
                     maps = maps[:, p] if point else maps.abs().mean(2)
                     for n, name in enumerate(names.get(entry) or [f"{entry} {n + 1}" for n in range(maps.shape[1])]):
-                        row = data.heat_row(f"layer {k + 1}: {name}", maps[:, n], size)
+                        row = metrics.heat_row(f"layer {k + 1}: {name}", maps[:, n], size)
                         if point:
-                            data.draw_cross(row.images, *panel_pixel(point, frames, size))
+                            metrics.draw_cross(row.images, *panel_pixel(point, frames, size))
                         rows.append(row)
                 sheets[f"{entry}_{p + 1}.png" if point else f"{entry}.png"] = rows
-        return {name: data.png_bytes(data.sheet(rows, self.label)) for name, rows in sheets.items()}
+        return {name: metrics.png_bytes(metrics.sheet(rows, self.label)) for name, rows in sheets.items()}
 
     @property
     def steps(self):
@@ -988,16 +888,16 @@ class Figures:
         """The frames that the model reads at the steps shown, under their times; with a query point, marked."""
         past = self.clips.frames_in
         read = torch.cat([frames[:past], predictions[past - 1:-1]])
-        rows = data.film_rows("reads", read[self.steps])
+        rows = metrics.film_rows("reads", read[self.steps])
         rows = [row._replace(images=row.images[..., None].repeat(3, -1)) for row in rows]         # in RGB, as the mark
         if point:
             for row in rows:
-                data.draw_cross(row.images, *panel_pixel(point, frames, row.images.shape[1:3]))
+                metrics.draw_cross(row.images, *panel_pixel(point, frames, row.images.shape[1:3]))
         return [[f"t={t + 1}" for t in range(len(read))[self.steps]], *rows]
 
     def feature_rows(self, extras, size):
         """What comes once a step, the layers' outputs above all."""
-        return [data.heat_row(f"layer {k + 1}" if entry == "layers" else entry,
+        return [metrics.heat_row(f"layer {k + 1}" if entry == "layers" else entry,
                               layer[0, self.steps].abs().mean(1), size)
                 for entry, layers in extras.items() for k, layer in enumerate(layers) if layer.ndim == 5]
 
@@ -1034,7 +934,7 @@ def panel_pixel(point, frames, size):
 
 def unit_text(clips):
     """What a title says of the data's unit, and the legend at the foot."""
-    return f", in {clips.unit}" if clips.unit else "", data.RAIN_LEGEND if clips.unit == "mm/h" else ()
+    return f", in {clips.unit}" if clips.unit else "", metrics.RAIN_LEGEND if clips.unit == "mm/h" else ()
 
 
 def in_units(clips, frames):
@@ -1075,18 +975,18 @@ def compare(runs, number):
     frames = in_units(clips, found[0][0])
     forecasts = [in_units(clips, predictions[past - 1:]) for _, predictions, _ in found]
     scale = range_of(frames, *forecasts)
-    films = [*data.film_rows("input", frames[:past], clips.unit, scale, shown[:past]),
-             *data.film_rows("truth", frames[past:], clips.unit, scale, shown[past:])]
+    films = [*metrics.film_rows("input", frames[:past], clips.unit, scale, shown[:past]),
+             *metrics.film_rows("truth", frames[past:], clips.unit, scale, shown[past:])]
     layers = [FEATURES]
     for run, label, forecast, (sequence, predictions, extras) in zip(runs, labels_of(runs), forecasts, found):
-        films += [label, *data.film_rows("forecast", forecast, clips.unit, scale, shown[past:])]
+        films += [label, *metrics.film_rows("forecast", forecast, clips.unit, scale, shown[past:])]
         reads = run.read_rows(sequence, predictions)
         layers += [label, *reads, *run.feature_rows(extras, reads[-1].images.shape[1:3])]
     title = f"{clips.name}, test sequence {number}"
     unit, legend = unit_text(clips)
     return {"comparison.svg": score_curves(runs),
-            "comparison.png": data.png_bytes(data.sheet(films, title + unit, legend)),
-            "comparison_layers.png": data.png_bytes(data.sheet(layers, title))}
+            "comparison.png": metrics.png_bytes(metrics.sheet(films, title + unit, legend)),
+            "comparison_layers.png": metrics.png_bytes(metrics.sheet(layers, title))}
 
 
 def command_figures(args):
@@ -1265,6 +1165,107 @@ def bench(name, setup, batch, device, precision, recompute, repeats):
     return dict(model=name, setup=setup, batch=batch, seconds=median, all_seconds=seconds, memory_bytes=memory,
                 cost_model_bytes=4 * parameters + 2 * layer_output_bytes(model, frames),
                 sequences_per_second=batch / median, flops=6 * macs * batch / median)
+
+
+# ------------------------------------------------------------------------------------------- errors and interruptions
+
+class UserError(Exception):
+    """Something the user can mend: one line on stderr, exit status 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on: one line on stderr, exit status 1."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, once the run is saved: exit status 130 or 143."""
+
+    def __init__(self, signum, message):
+        super().__init__(message)
+        self.signum = signum
+
+
+class Stop:
+    """Within it Ctrl-C and SIGTERM ask to stop, and loops do so between two iterations; a second Ctrl-C does not wait.
+
+    Under torchrun it does: launcher and scheduler may each pass one on, and torchrun itself kills who takes 30 seconds.
+    """
+
+    def __enter__(self):
+        self.signum = 0
+        self.before = {signum: signal.signal(signum, self._ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _ask(self, signum, _):
+        self.signum = signum
+        if processes.count == 1:
+            signal.signal(signum, signal.SIG_DFL)
+
+    def agreed(self):
+        """The signal that any process got, on all of them alike; 0 for none."""
+        return processes.maximum(self.signum)
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+class Processes:
+    """This process among those that torchrun started, or alone."""
+
+    def __init__(self):
+        self.count = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
+        self.first = self.rank == 0
+
+    def start(self):
+        if self.count > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    def share(self, total):
+        """This process's part of `total` things: a slice; parts differ by one at the most, and the first is never empty."""
+        return slice(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
+
+    def from_first(self, value):
+        """The first process's value (anything that pickles), on all."""
+        box = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def from_all(self, value):
+        """Every process's value, in the order of their ranks."""
+        box = [value]
+        if self.count > 1:
+            box = [None] * self.count
+            dist.all_gather_object(box, value)
+        return box
+
+    def sum(self, tensor):
+        """The sum over the processes of a tensor, a new one."""
+        tensor = tensor.clone()
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def maximum(self, number):
+        """The largest of the processes' whole numbers; over the CPU, so that no device has to be waited for."""
+        if self.count == 1:
+            return number
+        tensor = torch.tensor(number)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def say(self, *text):
+        if self.first:
+            tqdm.write(" ".join(map(str, text)))
+            sys.stdout.flush()
+
+
+processes = Processes()
 
 
 # ---------------------------------------------------------------------------------------------------- command line

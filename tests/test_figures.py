@@ -58,8 +58,8 @@ def places(image, picture):
 
 def says(image, text):
     """Where a text stands in an image."""
-    written = np.full(data.text_size(text), 255, np.uint8)
-    data.draw_text(written, 0, 0, text)
+    written = np.full(metrics.text_size(text), 255, np.uint8)
+    metrics.draw_text(written, 0, 0, text)
     return places(image, written)
 
 
@@ -79,7 +79,7 @@ def curves(path):
 # ----------------------------------------------------------------------------------------------------------- primitives
 
 def test_the_palette_rises_evenly_in_lightness_and_stays_readable_to_the_colour_blind():
-    linear = np.where(data.PALETTE <= 10, data.PALETTE / 255 / 12.92, ((data.PALETTE / 255 + 0.055) / 1.055) ** 2.4)
+    linear = np.where(metrics.PALETTE <= 10, metrics.PALETTE / 255 / 12.92, ((metrics.PALETTE / 255 + 0.055) / 1.055) ** 2.4)
     # Viénot et al. 1999: what remains of the colours without the cones for green, then for red
     blind = [np.array(m) for m in ([[0.2928, 0.7072, 0], [0.2928, 0.7072, 0], [-0.0223, 0.0223, 1]],
                                    [[0.1124, 0.8876, 0], [0.1124, 0.8876, 0], [0.0040, -0.0040, 1]])]
@@ -88,25 +88,25 @@ def test_the_palette_rises_evenly_in_lightness_and_stays_readable_to_the_colour_
         lightness = np.where(luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance)      # CIE L*
         coarse = np.diff(lightness[15::16])                       # 8-bit levels hide single steps
         assert (coarse > 2).all() and coarse.max() < 3 * coarse.min()
-    assert len(np.unique(data.PALETTE, axis=0)) == 256
+    assert len(np.unique(metrics.PALETTE, axis=0)) == 256
 
 
 def test_heat_maps_values_to_colours():
-    shown = data.heat(torch.tensor([[0.0, 1.0, 2.0, 3.0, -9.0, 9.0]]), 0, 3)
-    assert (shown == data.PALETTE[[[0, 85, 170, 255, 0, 255]]]).all()
-    assert (data.heat(torch.full((2, 2), 5.0), 5, 5) == data.PALETTE[0]).all()
+    shown = metrics.heat(torch.tensor([[0.0, 1.0, 2.0, 3.0, -9.0, 9.0]]), 0, 3)
+    assert (shown == metrics.PALETTE[[[0, 85, 170, 255, 0, 255]]]).all()
+    assert (metrics.heat(torch.full((2, 2), 5.0), 5, 5) == metrics.PALETTE[0]).all()
     for bad in ("nan", "inf"):
         with pytest.raises(ValueError, match="NaN or infinity"):
-            data.heat(torch.tensor([0.0, float(bad)]), 0, 1)
+            metrics.heat(torch.tensor([0.0, float(bad)]), 0, 1)
 
 
 def test_a_heat_row_has_one_scale_and_says_which_panels_are_constant():
     values = torch.rand(3, 4, 4)
     values[1] = 0.1 + 1e-9
-    row = data.heat_row("x", values, (8, 12))
+    row = metrics.heat_row("x", values, (8, 12))
     assert row.images.shape == (3, 8, 12, 3) and row.notes == {1: "constant"}
     assert row.scale == (values.min().item(), values.max().item())
-    assert (row.images[:, ::2, ::3] == data.heat(values, *row.scale)).all()
+    assert (row.images[:, ::2, ::3] == metrics.heat(values, *row.scale)).all()
     assert (row.images[:, 1::2, 2::3] == row.images[:, ::2, ::3]).all()      # magnified, not smoothed
 
 
@@ -115,14 +115,14 @@ def test_rain_is_drawn_in_classes():
     rain = rain.expand(1, 1, 11, 11)
     shown = torch.ones_like(rain, dtype=torch.bool)
     shown[..., 0, 0] = False
-    row, = data.film_rows("rain", rain, "mm/h", None, shown)
+    row, = metrics.film_rows("rain", rain, "mm/h", None, shown)
     assert row.scale is None and row.images.shape == (1, 55, 55, 3)
-    assert (row.images[0, 7, 2::5] == data.RAIN_COLOURS[[0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6]]).all()
-    assert (row.images[0, :5, :5] == data.NO_DATA).all()
-    assert [text for _, text in data.RAIN_LEGEND] == [
+    assert (row.images[0, 7, 2::5] == metrics.RAIN_COLOURS[[0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6]]).all()
+    assert (row.images[0, :5, :5] == metrics.NO_DATA).all()
+    assert [text for _, text in metrics.RAIN_LEGEND] == [
         "no data", "< 0.1 mm/h", "0.1 - 0.5", "0.5 - 1", "1 - 2", "2 - 5", "5 - 10", ">= 10 mm/h"]
-    image = data.sheet([row], "a title", data.RAIN_LEGEND)
-    for colour, text in data.RAIN_LEGEND:
+    image = metrics.sheet([row], "a title", metrics.RAIN_LEGEND)
+    for colour, text in metrics.RAIN_LEGEND:
         (y, x), = says(image, text)
         assert (image[y, x - 10] == colour).all()
 
@@ -130,22 +130,22 @@ def test_rain_is_drawn_in_classes():
 def test_a_sheet_puts_its_rows_below_each_other():
     frames = torch.rand(2, 1, 64, 80)
     frames[1] = 0.5
-    rows = data.film_rows("film", frames) + [data.heat_row("map", torch.arange(128).view(2, 8, 8), (64, 80))]
-    image = data.sheet(["a line", ["first", "second", "third"], *rows], "title")
-    film, second = places(image, data.levels(frames[0, 0])), says(image, "second")
+    rows = metrics.film_rows("film", frames) + [metrics.heat_row("map", torch.arange(128).view(2, 8, 8), (64, 80))]
+    image = metrics.sheet(["a line", ["first", "second", "third"], *rows], "title")
+    film, second = places(image, metrics.levels(frames[0, 0])), says(image, "second")
     assert len(film) == len(second) == len(says(image, "a line")) == len(says(image, "title")) == 1
     y, x = film[0]
     assert (image[y, x + 82] == 128).all() and len(says(image[y:y + 64, x + 82:x + 162], "constant")) == 1
     assert places(image, rows[1].images[0]) == [(y + 66, x)] and abs(second[0][1] + 17 - (x + 82 + 40)) <= 1
     (top, _), (bottom, right), = *says(image, "127"), *says(image, "0")
-    assert y + 66 <= top < bottom < y + 130 and (image[y + 66, right - 6] == data.PALETTE[255]).all()
-    assert (image[y + 129, right - 6] == data.PALETTE[0]).all()
-    assert data.sheet(rows[:1]).ndim == 2                         # grey stays grey
+    assert y + 66 <= top < bottom < y + 130 and (image[y + 66, right - 6] == metrics.PALETTE[255]).all()
+    assert (image[y + 129, right - 6] == metrics.PALETTE[0]).all()
+    assert metrics.sheet(rows[:1]).ndim == 2                         # grey stays grey
 
 
 def test_a_cross_marks_a_pixel_and_leaves_it_open():
     images = np.full((2, 20, 20, 3), 77, np.uint8)
-    data.draw_cross(images, 0, 10)
+    metrics.draw_cross(images, 0, 10)
     assert (images[:, 0, 10] == 77).all() and (images[:, 0, [8, 12]] == 255).all() and (images[:, 3, 10] == 255).all()
     assert (images[:, 1, 9] == 0).all() and (images[:, 12:] == 77).all()
 
@@ -217,7 +217,7 @@ def test_the_films_are_those_of_the_best_the_median_and_the_worst_sequence():
             assert len(says(image[top:top + 64], label)) == 1
             for t in range(3):
                 panel = image[top:top + 64, x + 66 * t:x + 66 * t + 64]
-                difference = np.abs(panel.astype(int) - data.levels(film[t, 0]))
+                difference = np.abs(panel.astype(int) - metrics.levels(film[t, 0]))
                 assert difference.max() <= 1, (name, label, t)    # forecasts of a batch of one round otherwise
 
     found = chunks((folder / "figures" / "films_animated.png").read_bytes())
@@ -227,13 +227,13 @@ def test_the_films_are_those_of_the_best_the_median_and_the_worst_sequence():
         picture = pixels(found[0][1], body)
         assert says(picture, f"frame {t + 1} of 6, {'read' if t < 3 else 'forecast'}")
         for name, k in shown.items():
-            (y, x), = places(picture, data.levels(frames[k, t, 0]))
+            (y, x), = places(picture, metrics.levels(frames[k, t, 0]))
             assert says(picture[y:y + 64, :x], name)
             if t < 3:
                 assert says(picture[y:y + 64, x + 66:x + 130], "reading")
             else:
                 panel = picture[y:y + 64, x + 66:x + 130].astype(int)
-                assert np.abs(panel - data.levels(forecast[k, t - 3, 0])).max() <= 1
+                assert np.abs(panel - metrics.levels(forecast[k, t - 3, 0])).max() <= 1
 
 
 def test_the_curves_are_the_results_and_the_log():
@@ -274,12 +274,12 @@ def test_attention_is_drawn_where_the_model_looks():
                 panel = image[y:y + 64, x + 66 * t:x + 66 * t + 64]
                 if name == "Z_m" and t == 0:                      # the memory is empty at first
                     assert says(panel, "constant")
-                    assert (panel[0, 0] == data.heat(maps[0, 0, 0], *ends)).all()
+                    assert (panel[0, 0] == metrics.heat(maps[0, 0, 0], *ends)).all()
                     continue
                 assert not says(panel, "constant")
                 right = np.ones((64, 64), bool)
                 right[max(point[0] - 6, 0):point[0] + 7, max(point[1] - 6, 0):point[1] + 7] = False      # the mark
-                expected = data.heat(data.fit(maps[t].numpy(), (64, 64)), *ends)
+                expected = metrics.heat(metrics.fit(maps[t].numpy(), (64, 64)), *ends)
                 assert (panel == expected)[right].mean() > 0.99
                 assert (panel[point[0] + 2, point[1]] == 255).all() and not (panel[point] == 255).all()
 
@@ -348,11 +348,11 @@ def test_units_get_rain_classes_or_a_scale(monkeypatch, unit, channels):
     for k in range(3):
         film = clip[k] * 20
         if unit == "mm/h":
-            colours = data.RAIN_COLOURS[(film[..., None] >= torch.tensor(data.RAIN_CLASSES)).sum(-1).numpy()]
-            colours[..., :4, :4, :] = data.NO_DATA
+            colours = metrics.RAIN_COLOURS[(film[..., None] >= torch.tensor(metrics.RAIN_CLASSES)).sum(-1).numpy()]
+            colours[..., :4, :4, :] = metrics.NO_DATA
         else:
             everything = torch.cat([film, predictions[k, -3:].clamp(0, 1) * 20])
-            colours = data.heat(film, everything.min().item(), everything.max().item())
+            colours = metrics.heat(film, everything.min().item(), everything.max().item())
         for t in range(6):
             for c in range(channels):
                 (_, x), = places(image, colours[t, c].repeat(2, 0).repeat(2, 1))
