@@ -1,4 +1,4 @@
-"""data.py: draws, Moving MNIST and moving digits against slow, literal versions, MNIST's files, and pictures."""
+"""data.py: draws, Moving MNIST and moving digits against slow, literal versions, and MNIST's files."""
 
 import gzip
 import hashlib
@@ -6,17 +6,14 @@ import http.server
 import math
 import os
 import shutil
-import struct
 import threading
 import time
-import zlib
 
 import numpy as np
 import pytest
 import torch
 
 import data
-import metrics
 
 SETUPS = ("patch4", "fullres")
 T10K = "t10k-images-idx3-ubyte"
@@ -406,103 +403,3 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
     data.write_whole(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["a"]
-
-
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-def chunks(content):
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    at, found = 8, []
-    while at < len(content):
-        length, kind = struct.unpack(">I4s", content[at:at + 8])
-        body = content[at + 8:at + 8 + length]
-        assert struct.unpack(">I", content[at + 8 + length:at + 12 + length])[0] == zlib.crc32(kind + body)
-        found.append((kind, body))
-        at += 12 + length
-    assert found[0][0] == b"IHDR" and found[-1] == (b"IEND", b"")
-    return found
-
-
-def pixels(header, packed):
-    width, height, depth, colour, *rest = struct.unpack(">IIBBBBB", header)
-    assert depth == 8 and rest == [0, 0, 0]
-    shape = (height, width) if colour == 0 else (height, width, 3)
-    rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, -1)
-    assert (rows[:, 0] == 0).all()
-    return rows[:, 1:].reshape(shape)
-
-
-@pytest.mark.parametrize("shape", [(5, 7), (6, 4, 3)])
-def test_a_png_decodes_to_its_pixels(shape):
-    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    found = dict(chunks(metrics.png_bytes(image)))
-    assert (pixels(found[b"IHDR"], found[b"IDAT"]) == image).all()
-    assert metrics.png_bytes(image[:, ::-1]) != metrics.png_bytes(image)
-
-
-@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 6, 4, 3)])
-def test_an_animated_png_decodes_to_its_frames(shape):
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    found = chunks(metrics.apng_bytes(images, 150))
-    assert struct.unpack(">II", dict(found)[b"acTL"]) == (len(images), 0)
-    packed = [body if kind == b"IDAT" else body[4:] for kind, body in found if kind in (b"IDAT", b"fdAT")]
-    for image, body in zip(images, packed, strict=True):
-        assert (pixels(found[0][1], body) == image).all()
-    numbers = [struct.unpack(">I", body[:4])[0] for kind, body in found if kind in (b"fcTL", b"fdAT")]
-    assert numbers == list(range(len(numbers)))
-    assert {struct.unpack(">IIIIIHHBB", body)[5:7] for kind, body in found if kind == b"fcTL"} == {(150, 1000)}
-
-
-def dots(text):
-    canvas = np.zeros(metrics.text_size(text), np.uint8)
-    metrics.draw_text(canvas, 0, 0, text, 1)
-    return ["".join(".#"[dot] for dot in row) for row in canvas]
-
-
-def test_text_is_drawn_in_a_font_of_its_own():
-    assert dots("T1") == ["#####...#..", "..#....##..", "..#.....#..", "..#.....#..", "..#.....#..", "..#.....#..",
-                          "..#....###."]
-    printable = [chr(code) for code in range(32, 127)]
-    assert len({tuple(dots(character)) for character in printable}) == 95
-    assert dots("é") == dots("?")
-
-
-def test_text_is_cut_off_at_the_edges_and_takes_a_colour():
-    canvas = np.zeros((9, 9, 3), np.uint8)
-    metrics.draw_text(canvas, -2, -3, "HHH", (1, 2, 3))
-    metrics.draw_text(canvas, 20, 20, "H")
-    whole = np.zeros((30, 40, 3), np.uint8)
-    metrics.draw_text(whole, 8, 7, "HHH", (1, 2, 3))
-    assert (canvas == whole[10:19, 10:19]).all() and canvas.any()
-    big = np.zeros((14, 10), np.uint8)
-    metrics.draw_text(big, 0, 0, "R", 1, scale=2)
-    small = np.zeros((7, 5), np.uint8)
-    metrics.draw_text(small, 0, 0, "R", 1)
-    assert (big[::2, ::2] == small).all() and (big[1::2, 1::2] == small).all()
-
-
-def test_a_film_strip_shows_its_frames():
-    truth = torch.rand(3, 1, 16, 16)
-    forecast = torch.rand(2, 1, 16, 16) * 3 - 1
-    forecast[0, 0, 0, 0] = float("nan")
-    image = metrics.film_strip([("truth", truth), ("forecast", forecast)], "a title")
-    shown = metrics.resize(metrics.levels(truth))
-    assert shown.shape == (3, 1, 64, 64) and metrics.levels(forecast)[0, 0, 0, 0] == 0
-
-    def holds(picture):
-        height, width = picture.shape
-        return any((image[y:y + height, x:x + width] == picture).all() for y in range(image.shape[0] - height + 1)
-                   for x in range(image.shape[1] - width + 1) if (image[y, x:x + width] == picture[0]).all())
-
-    for frame in [*shown[:, 0], *metrics.resize(metrics.levels(forecast))[:, 0]]:
-        assert holds(frame)
-    for label in ("truth", "forecast", "a title"):
-        text = np.full(metrics.text_size(label), 255, np.uint8)
-        metrics.draw_text(text, 0, 0, label)
-        assert holds(text)
-
-
-def test_a_film_strip_gives_every_channel_a_row_and_thins_out_large_frames():
-    one, two = (metrics.film_strip([("x", torch.rand(2, channels, 32, 32))]) for channels in (1, 2))
-    assert two.shape[0] > 1.9 * one.shape[0]
-    assert max(metrics.film_strip([("x", torch.rand(1, 1, 900, 900))]).shape) < 300
