@@ -2,12 +2,17 @@
 
 Frames are tensors (B, T, C, H, W) with values in [0, 1], scored where they lie (CPU or CUDA) in float64.
 
-    scores = frame_scores(pred, truth)              # {"mse": (B, T), "mae": …, "psnr": …, "ssim": …, …}
-    summary = summarize(scores)                     # {"mse": {"mean": 61.2, "frames": [40.1, …]}, …}, fit for JSON
-    counts = rain_counts(pred_mm, truth_mm)         # hits, misses, … per threshold and lead time: add them up
-    summary |= csi_hss(counts)                      # {"csi_0.5": {"mean": …, "frames": […]}, …}
+    scores = frame_scores(pred, truth, mask)        # {"mse": (B, T), "mae": …, "psnr": …, "ssim": …, …}
+    summary = summarize(scores)                     # {"mse": {"mean": 61.2, "frames": [40.1, …], …}, …}, fit for JSON
+    counts = event_counts(pred_mm, truth_mm, (0.5, 2, 5), mask)     # hits, misses, …: add them up over the batches
+    summary |= csi_hss(counts, (0.5, 2, 5))         # {"csi_0.5": {"mean": …, "frames": […]}, …}
+    sums = unit_errors(pred_mm, truth_mm, mask)     # likewise
+    summary |= unit_summary(sums)                   # {"rmse": {"mean": …, "frames": […]}, …}
     print(table({"forecast": summary, …}))
     svg = curve_panels_svg(score_panels({"ConvLSTM": summary}))
+
+One rule for what has no data (mask False): it has no score, and means are over what has. Nothing here waits for the
+device before a summary is made: what only values tell, such as NaN or a truth beyond [0, 1], travels with the scores.
 """
 
 import math
@@ -29,19 +34,46 @@ NAMES = {  # metric -> its name in a table, its name and unit on an axis
     "psnr_float": ("PSNR*", "PSNR on floats (dB)"),
     "ssim_gaussian": ("SSIM*", "SSIM, Gaussian window (1 = identical)"),
 }
-NAMES |= {f"{score.lower()}_{mm}": (f"{score} {mm}", f"{score} at {mm} mm/h")
-          for score in ("CSI", "HSS") for mm in RAIN_THRESHOLDS}
+
+
+def name_of(metric, unit=None):
+    """The name of a metric in a table, and its name with its unit on an axis. unit: the data's, None for none."""
+    kind, _, rest = metric.partition("_")
+    if kind in ("csi", "hss"):
+        return f"{kind.upper()} {rest}", f"{kind.upper()} at {rest} {unit or ''}".strip()
+    if kind == "rmse" or metric.startswith("mae_units"):
+        name = kind.upper() + metric.removeprefix("mae_units").removeprefix("rmse").replace("_", " ")
+        return (f"{name}, {unit}", f"{name} ({unit})") if unit else (name, name)
+    return NAMES[metric]
 
 
 # ---- Scores of frames ------------------------------------------------------------------------------------------------
+
+def _check(pred, truth, mask, floating):
+    """ValueError for what is wrong whatever the values are; these are never looked at."""
+    for what, x in (("predictions", pred), ("truth", truth)):
+        if not torch.is_tensor(x) or x.ndim != 5 or 0 in x.shape:
+            raise ValueError(f"{what}: a tensor (B, T, C, H, W) with no side of 0 is needed, not "
+                             f"{tuple(x.shape) if hasattr(x, 'shape') else type(x).__name__}")
+        if x.dtype in (torch.bool, torch.complex64, torch.complex128) or floating and not x.is_floating_point():
+            raise ValueError(f"{what} of dtype {x.dtype}: " + (
+                "floats in [0, 1] are needed; 8-bit levels are divided by 255" if floating else "numbers are needed"))
+    if pred.shape != truth.shape:
+        raise ValueError(f"predictions {tuple(pred.shape)} and truth {tuple(truth.shape)} differ in shape")
+    if mask is not None and not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == truth.shape):
+        raise ValueError(f"mask: a bool tensor of the shape of the truth, {tuple(truth.shape)}, is needed")
+    if len({x.device for x in (pred, truth, mask) if x is not None}) > 1:
+        raise ValueError("predictions, truth and mask lie on different devices")
+
 
 @torch.no_grad()
 def frame_scores(pred, truth, mask=None):
     """Score every predicted frame.
 
-    pred, truth: (B, T, C, H, W), any floating dtype, one device; pred is clipped to [0, 1].
+    pred, truth: (B, T, C, H, W), any floating dtype, one device. truth: in [0, 1], to rounding. pred: may overshoot,
+    as a network's output does; it is clipped to [0, 1].
     mask: None or bool of the same shape, True where a pixel counts. What does not count is set to 0 in both, so it adds
-    no error and SSIM sees no difference there; a frame in which nothing counts is an exact one.
+    no error; SSIM leaves out the positions whose window has no data.
 
     Returns a dict of float64 (B, T) on the device of truth:
       mse, mae       error² and |error|, summed over the pixels and channels of the frame
@@ -50,11 +82,13 @@ def frame_scores(pred, truth, mask=None):
                      fits and over channels: scikit-image's default
       psnr_float     dB, 10·log10(1 / (mean error² + 1e-5)) on floats, as MS-LSTM's released code has it
       ssim_gaussian  on floats, 11×11 Gaussian window (σ = 1.5), likewise
-    An SSIM whose window is larger than the frame is NaN; a NaN in a frame makes its scores NaN. A frame's scores do not
-    depend on the batch it comes in, to the last bit: all sums are elementwise additions in a fixed order.
+      pixels         how many count: 0 for a frame without data; NaN for one whose truth is not in [0, 1]
+    A frame without data, with a truth beyond [0, 1] or with a NaN that counts has scores of NaN; `pixels` tells
+    `summarize` which it is. An SSIM whose window is larger than the frame is NaN. A frame's scores do not depend on the
+    batch it comes in, to the last bit: all sums are elementwise additions in a fixed order.
+    Raises ValueError for other shapes, dtypes (uint8 levels) and devices.
     """
-    if pred.shape != truth.shape:
-        raise ValueError(f"predictions {tuple(pred.shape)} and truth {tuple(truth.shape)} differ in shape")
+    _check(pred, truth, mask, floating=True)
     # Few frames at a time: on a GPU some gigabytes of intermediates; on the CPU what stays in the cache and below the
     # 2^15 values from which torch splits an operation over threads, which costs more than it gains when they are busy.
     pixels = 2**25 if truth.is_cuda else 2**15 - 1
@@ -69,19 +103,24 @@ def _chunk_scores(pred, truth, mask):
     """frame_scores of (n, C, H, W): a dict of (n,)."""
     if mask is not None:
         pred, truth = torch.where(mask, pred, 0), torch.where(mask, truth, 0)
+    valid = ((truth >= -1e-6) & (truth <= 1 + 1e-6)).flatten(1).all(1)      # False for NaN, too
+    count = torch.full_like(valid, truth[0].numel(), dtype=torch.float64) if mask is None else \
+        mask.flatten(1).sum(1).double()
     pred8, truth8 = _to_8bit(pred), _to_8bit(truth)
     pred, truth = pred.double().clamp(0, 1), truth.double()
     error, error8 = pred - truth, pred8 - truth8
     mse, mse8 = _frame_sum(error * error), _frame_sum(error8 * error8)
-    count = truth[0].numel() if mask is None else mask.flatten(1).sum(1).clamp(min=1)
-    return {
+    scores = {
         "mse": mse,
         "mae": _frame_sum(error.abs()),
         "psnr": 20 * math.log10(255) - 10 * torch.log10(mse8 / count),
-        "ssim": _ssim(pred8, truth8, UNIFORM_7, top=255, covariance=49 / 48),
+        "ssim": _ssim(pred8, truth8, mask, UNIFORM_7, top=255, covariance=49 / 48),
         "psnr_float": 10 * torch.log10(1 / (mse / count + 1e-5)),
-        "ssim_gaussian": _ssim(pred, truth, GAUSSIAN_11, top=1, covariance=1),
+        "ssim_gaussian": _ssim(pred, truth, mask, GAUSSIAN_11, top=1, covariance=1),
     }
+    scored = valid & (count > 0)
+    scores = {name: torch.where(scored, score, math.nan) for name, score in scores.items()}
+    return scores | {"pixels": torch.where(valid, count, math.nan)}
 
 
 def _to_8bit(x):
@@ -108,11 +147,12 @@ _gauss = [math.exp(-k * k / (2 * 1.5**2)) for k in range(6)]
 GAUSSIAN_11 = [(g / (2 * sum(_gauss) - _gauss[0]), sorted({5 - k, 5 + k})) for k, g in enumerate(_gauss)]
 
 
-def _ssim(x, y, window, top, covariance):
+def _ssim(x, y, mask, window, top, covariance):
     """Mean structural similarity (Wang et al. 2004) of (n, C, H, W) float64 frames with values in [0, top]: (n,).
 
     covariance: n/(n−1) of the window for sample covariance (scikit-image's default), 1 for the population's (MS-LSTM's
-    released code, after TensorFlow's). Both take only positions where the window fits.
+    released code, after TensorFlow's). Both take only positions where the window fits; with a mask, those of them whose
+    window holds a pixel that counts.
     """
     size = 1 + max(max(offsets) for _, offsets in window)
     if min(x.shape[-2:]) < size:
@@ -129,24 +169,34 @@ def _ssim(x, y, window, top, covariance):
     means, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
     similarity = (2 * means + c1) * (2 * covariance * (product - means) + c2)
     similarity /= (mean_squares + c1) * (covariance * (squares - mean_squares) + c2)
-    return _frame_sum(similarity) / means[0].numel()
+    if mask is None:
+        return _frame_sum(similarity) / means[0].numel()
+    seen = local_mean(mask.double()) > 0
+    return _frame_sum(similarity * seen) / seen.flatten(1).sum(1)
 
 
 def summarize(scores):
-    """Means of scores over a test set: {name: (N, T)} -> {name: {"mean": float, "frames": [float] * T}}, fit for JSON.
+    """Means of frame_scores over a test set: {name: (N, T)} -> {name: {"mean", "frames", "left_out"}}, fit for JSON.
 
-    N counts sequences, all batches concatenated. "frames" are means over sequences, "mean" over frames and sequences.
-    An exact frame has no finite PSNR: "psnr" leaves it out of its means and counts it under "exact". None stands for
-    what is undefined: no frame left, a frame smaller than SSIM's window, NaN in a prediction.
+    N counts sequences, all batches concatenated. "frames" are T means over sequences, "mean" over frames and sequences.
+    Frames without data (`pixels` of 0) are left out of all means and counted under "left_out". An exact frame has no
+    finite PSNR: "psnr" leaves it out of its means and counts it under "exact". None stands for what is undefined: no
+    frame left, a frame smaller than SSIM's window, NaN in a prediction.
+    Raises ValueError where the truth of a frame was not in [0, 1] (`pixels` of NaN).
     """
+    scores = {name: values.double().cpu() for name, values in scores.items()}
+    pixels = scores.pop("pixels", torch.ones(()))
+    if bad := int(pixels.isnan().sum()):
+        raise ValueError(f"the truth of {bad} of {pixels.numel()} frames holds NaN or values outside [0, 1]")
     summary = {}
     for name, values in scores.items():
-        frames = values.double().T.tolist()  # T lists of N
+        kept = (pixels > 0).expand(values.shape)
+        entry = {"left_out": int((~kept).sum())}
         if name == "psnr":
-            frames = [[v for v in frame if v != math.inf] for frame in frames]
-        summary[name] = {"mean": _mean(sum(frames, [])), "frames": [_mean(frame) for frame in frames]}
-        if name == "psnr":
-            summary[name]["exact"] = values.numel() - sum(map(len, frames))
+            entry["exact"] = int((kept & (values == math.inf)).sum())
+            kept = kept & (values != math.inf)
+        frames = [frame[keep].tolist() for frame, keep in zip(values.T, kept.T)]  # T lists
+        summary[name] = {"mean": _mean(sum(frames, [])), "frames": [_mean(frame) for frame in frames], **entry}
     return summary
 
 
@@ -156,42 +206,91 @@ def _mean(values):
     return None if math.isnan(mean) else mean
 
 
-# ---- Rain ------------------------------------------------------------------------------------------------------------
+# ---- Scores in the data's unit ---------------------------------------------------------------------------------------
 
-def rain_counts(pred_mm, truth_mm, thresholds=RAIN_THRESHOLDS, mask=None):
-    """Count hits, misses, false alarms and correct negatives of "it rains at least so much".
+@torch.no_grad()
+def event_counts(pred, truth, thresholds, mask=None):
+    """Count hits, misses, false alarms and correct negatives of "at least so much", for each threshold and lead time.
 
-    pred_mm, truth_mm: (B, T, C, H, W) in the thresholds' unit, mm/h; mask: None or bool, True where a pixel counts.
-    Returns int64 (thresholds, T, 4) on their device: add up the counts of all batches and processes, then csi_hss.
+    pred, truth: (B, T, C, H, W), any numbers, in the thresholds' unit; mask: None or bool, True where a pixel counts.
+    Returns int64 (thresholds, T, 5) on their device; the fifth column counts the pixels where one is NaN, which is no
+    event and no absence of one. Add up the counts of all batches and processes, then csi_hss.
+    Raises ValueError as frame_scores does.
     """
-    counts = []
-    for threshold in thresholds:
-        pred, truth = pred_mm >= threshold, truth_mm >= threshold
-        cells = torch.stack([pred & truth, ~pred & truth, pred & ~truth, ~pred & ~truth], -1)
-        if mask is not None:
-            cells &= mask[..., None]
-        counts.append(cells.sum((0, 2, 3, 4)))
-    return torch.stack(counts)
+    _check(pred, truth, mask, floating=False)
+    nan = pred.isnan() | truth.isnan()
+    known = ~nan if mask is None else mask & ~nan
+    counts = truth.new_zeros((len(thresholds), truth.shape[1], 5), dtype=torch.int64)
+    for row, threshold in zip(counts, thresholds):
+        event, fell = pred >= threshold, truth >= threshold
+        for k, cell in enumerate((event & fell, ~event & fell, event & ~fell, ~event & ~fell)):
+            row[:, k] = (cell & known).sum((0, 2, 3, 4))
+        row[:, 4] = (nan if mask is None else nan & mask).sum((0, 2, 3, 4))
+    return counts
 
 
-def csi_hss(counts, thresholds=RAIN_THRESHOLDS):
-    """CSI and HSS of rain_counts: {"csi_0.5": {"mean": float, "frames": [float] * T, "undefined": int}, "hss_0.5": …}.
+def csi_hss(counts, thresholds):
+    """CSI and HSS of event_counts: {"csi_0.5": {"mean": float, "frames": [float] * T, "undefined": int}, "hss_0.5": …}.
 
-    Scored per lead time, then averaged. A lead time without a defined score (0/0: no rain forecast, none fallen) is
-    None; the mean leaves it out, "undefined" counts it.
+    Scored per lead time, then averaged. A lead time without a defined score (0/0: no event forecast, none happened, or
+    no data) is None; the mean leaves it out, "undefined" counts it. A NaN that counts makes its lead time and the mean
+    None. Raises ValueError for counts of other thresholds.
     """
+    if counts.shape != (len(thresholds), *counts.shape[1:2], 5):
+        raise ValueError(f"counts {tuple(counts.shape)} are not (thresholds, T, 5) for {len(thresholds)} thresholds")
     summary = {}
     for threshold, rows in zip(thresholds, counts.tolist()):
         frames = {"csi": [], "hss": []}
-        for hits, misses, alarms, negatives in rows:  # whole numbers in Python: nothing overflows
+        for hits, misses, alarms, negatives, nans in rows:  # whole numbers in Python: nothing overflows
             events = hits + misses + alarms
             chance = (hits + misses) * (misses + negatives) + (hits + alarms) * (alarms + negatives)
-            frames["csi"].append(hits / events if events else None)
-            frames["hss"].append(2 * (hits * negatives - misses * alarms) / chance if chance else None)
+            frames["csi"].append(math.nan if nans else hits / events if events else None)
+            frames["hss"].append(
+                math.nan if nans else 2 * (hits * negatives - misses * alarms) / chance if chance else None)
         for score, values in frames.items():
             defined = [v for v in values if v is not None]
-            summary[f"{score}_{threshold}"] = {
-                "mean": _mean(defined), "frames": values, "undefined": len(values) - len(defined)}
+            summary[f"{score}_{threshold:.12g}"] = {
+                "mean": _mean(defined), "frames": [None if v != v else v for v in values],
+                "undefined": len(values) - len(defined)}
+    return summary
+
+
+@torch.no_grad()
+def unit_errors(pred, truth, mask=None):
+    """Errors in the data's unit: float64 (T, C, 3) on their device, Σ error², Σ |error| and the pixels that count.
+
+    pred, truth: (B, T, C, H, W), any numbers, in one unit; mask: None or bool, True where a pixel counts. Add up those
+    of all batches and processes, then unit_summary. Raises ValueError as frame_scores does.
+    """
+    _check(pred, truth, mask, floating=False)
+    sums = truth.new_zeros((*truth.shape[1:3], 3), dtype=torch.float64)
+    for t, row in enumerate(sums):
+        error = pred[:, t].double() - truth[:, t].double()  # (B, C, H, W)
+        counts = torch.ones_like(error) if mask is None else mask[:, t].double()
+        error = error if mask is None else torch.where(mask[:, t], error, 0)
+        for k, values in enumerate((error * error, error.abs(), counts)):
+            row[:, k] = _frame_sum(values.transpose(0, 1))
+    return sums
+
+
+def unit_summary(sums):
+    """RMSE and MAE of unit_errors, in that unit: {"rmse": {"mean": float, "frames": [float] * T}, "mae_units": …}.
+
+    Pooled over pixels: "frames" over all sequences and channels, "mean" over the lead times, too. With several channels
+    "rmse_1", "mae_units_1", … are those of each. None where nothing counts, and for NaN or infinity among what counts.
+    """
+    def entries(suffix, sums):  # (T, 3)
+        rows = [*sums.tolist(), sums.sum(0).tolist()]
+        values = [[power(row[k] / row[2]) if row[2] and math.isfinite(row[k]) else None for row in rows]
+                  for k, power in ((0, math.sqrt), (1, float))]
+        return {name + suffix: {"mean": mean, "frames": frames}
+                for name, (*frames, mean) in zip(("rmse", "mae_units"), values)}
+
+    if sums.ndim != 3 or sums.shape[2] != 3:
+        raise ValueError(f"sums {tuple(sums.shape)} are not (T, C, 3)")
+    sums, summary = sums.double().cpu(), entries("", sums.double().cpu().sum(1))
+    for c in range(sums.shape[1] if sums.shape[1] > 1 else 0):
+        summary |= entries(f"_{c + 1}", sums[:, c])
     return summary
 
 
@@ -228,7 +327,7 @@ def _block(results, published, metrics):
         values = [(pick(summary[m]), digits[m]) for summary in summaries for m in metrics]
         return ["–" if value is None else f"{value:.{places}f}" for value, places in values]
 
-    rows = [["frame"] + [NAMES[m][0] for m in metrics] * len(sides)]
+    rows = [["frame"] + [name_of(m)[0] for m in metrics] * len(sides)]
     for k in range(len(forecast[metrics[0]]["frames"])):
         rows.append([str(k + 1)] + cells(sides, lambda entry: entry["frames"][k]))
     rule = len(rows)
@@ -239,7 +338,8 @@ def _block(results, published, metrics):
             rows.append([name if name == "black" else f"all {count} predictions"] + cells([results[name]]))
     for paper in published:
         if any(paper.get(m) is not None for m in metrics):  # digits as the paper prints them
-            rows.append([textwrap.shorten(paper["source"], 32, placeholder=" …")] + ["–" if paper.get(m) is None else f"{paper[m]:g}" for m in metrics])
+            source = textwrap.shorten(paper["source"], 32, placeholder=" …")
+            rows.append([source] + ["–" if paper.get(m) is None else f"{paper[m]:g}" for m in metrics])
 
     widths = [2 * (k > 0) + max(len(row[k]) for row in rows if k < len(row)) for k in range(len(rows[0]))]
     bar = 1 + len(metrics)  # the first column of the right side
@@ -267,12 +367,12 @@ PANEL = (400, 260)  # width and height of a panel with its labels
 PLOT = (64, 34, 384, 214)  # left, top, right, bottom of its axes
 
 
-def score_panels(summaries, metrics=("mse", "mae", "psnr", "ssim"), xlabel="forecast frame"):
+def score_panels(summaries, metrics=("mse", "mae", "psnr", "ssim"), xlabel="forecast frame", unit=None):
     """Panels for curve_panels_svg, one a metric: frame-wise scores of several runs, {label: summary}."""
     panels = []
     for metric in metrics:
         curves = {label: summary[metric]["frames"] for label, summary in summaries.items() if metric in summary}
-        name, ylabel = NAMES[metric]
+        name, ylabel = name_of(metric, unit)
         panels.append({"curves": curves, "title": name, "xlabel": xlabel, "ylabel": ylabel})
     return panels
 
@@ -558,8 +658,8 @@ def heat_row(label, values, size):
 def film_rows(label, frames, unit=None, scale=None, shown=None):
     """Frames (T, C, H, W) as rows of panels, one a channel, numbered where there are several.
 
-    unit: None, for grey frames in [0, 1]; "mm/h", for rain, in classes; any other, for a heat map of values in that unit
-    with its scale (low, high). shown: bool of the shape of frames, False where there are no data, or None.
+    unit: None, for grey frames in [0, 1]; "mm/h", for rain, in classes; any other, for a heat map of values in it with
+    its scale (low, high). shown: bool of the shape of frames, False where there are no data, or None.
     A constant panel is noted as such.
     """
     values = torch.as_tensor(frames).detach().float().cpu()

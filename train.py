@@ -422,7 +422,8 @@ def evaluate(model, config, clips, device, stop):
         for name, (predictions, truth, mask) in batch.items():
             scores.setdefault(name, []).append({k: v.cpu() for k, v in metrics.frame_scores(predictions, truth, mask).items()})
             if clips.unit == "mm/h":
-                counts = metrics.rain_counts(clips.to_units(predictions.clamp(0, 1)), clips.to_units(truth), mask=mask)
+                counts = metrics.event_counts(clips.to_units(predictions.clamp(0, 1)), clips.to_units(truth),
+                                              metrics.RAIN_THRESHOLDS, mask)
                 rain[name] = rain.get(name, 0) + counts.cpu()
     scores, rain = processes.from_all(scores), processes.from_all(rain)
     summaries = {}
@@ -430,7 +431,7 @@ def evaluate(model, config, clips, device, stop):
         batches = [batch for part in scores for batch in part.get(name, [])]
         summaries[name] = metrics.summarize({k: torch.cat([batch[k] for batch in batches]) for k in batches[0]})
         if clips.unit == "mm/h":
-            summaries[name] |= metrics.csi_hss(sum(part[name] for part in rain if name in part))
+            summaries[name] |= metrics.csi_hss(sum(part[name] for part in rain if name in part), metrics.RAIN_THRESHOLDS)
     return summaries
 
 
@@ -958,7 +959,7 @@ def score_curves(runs):
     summaries = dict(zip(labels_of(runs), (run.results["forecast"] for run in runs)))
     rain = [name for name in results["forecast"] if name.startswith(("csi_", "hss_"))]
     panels = metrics.score_panels(summaries | {"last frame repeated": results["repeat_last"]},
-                                  ["mse", "mae", "psnr", "ssim", *rain])
+                                  ["mse", "mae", "psnr", "ssim", *rain], unit=results["unit"])
     return metrics.curve_panels_svg(panels, f"{results['data']}, {results['sequences']} test sequences").encode()
 
 

@@ -12,6 +12,7 @@ import metrics
 
 SVG = "{http://www.w3.org/2000/svg}"
 PIXEL_METRICS = ("mse", "mae", "psnr", "ssim")
+RAIN = (0.5, 2, 5)
 
 
 def clips(*shape, noise=0.2):
@@ -76,7 +77,7 @@ def test_frame_scores_against_literal_versions(channels, height, width):
     truth[0, 0] *= truth[0, 0] > 0.7  # mostly black, as digits are
     assert (pred < 0).any() and (pred > 1).any()  # clipping matters
     scores = metrics.frame_scores(pred, truth)
-    assert list(scores) == ["mse", "mae", "psnr", "ssim", "psnr_float", "ssim_gaussian"]
+    assert list(scores) == ["mse", "mae", "psnr", "ssim", "psnr_float", "ssim_gaussian", "pixels"]
     for b, t in np.ndindex(2, 2):
         for name, value in slow_scores(pred[b, t].numpy(), truth[b, t].numpy()).items():
             assert scores[name][b, t].item() == pytest.approx(value, rel=1e-11), name
@@ -148,7 +149,7 @@ def test_exact_frames_are_left_out_of_psnr_and_counted():
     assert scores["psnr_float"][1, 0].item() == pytest.approx(50)  # 10·log10(1/1e-5)
     psnr = metrics.summarize(scores)["psnr"]
     mean = (scores["psnr"][0, 0] + scores["psnr"][2, 0]).item() / 2
-    assert psnr == {"mean": pytest.approx(mean), "frames": [pytest.approx(mean), None], "exact": 4}
+    assert psnr == {"mean": pytest.approx(mean), "frames": [pytest.approx(mean), None], "exact": 4, "left_out": 0}
 
 
 def test_frames_smaller_than_the_window_have_no_ssim():
@@ -157,12 +158,53 @@ def test_frames_smaller_than_the_window_have_no_ssim():
     assert scores["psnr"].isfinite().all()
     scores = metrics.frame_scores(*clips(1, 2, 1, 10, 20))
     assert scores["ssim"].isfinite().all() and scores["ssim_gaussian"].isnan().all()
-    assert metrics.summarize(scores)["ssim_gaussian"] == {"mean": None, "frames": [None, None]}
+    assert metrics.summarize(scores)["ssim_gaussian"] == {"mean": None, "frames": [None, None], "left_out": 0}
 
 
-def test_shapes_must_agree():
-    with pytest.raises(ValueError, match="differ in shape"):
-        metrics.frame_scores(torch.zeros(1, 2, 1, 8, 8), torch.zeros(1, 1, 1, 8, 8))
+def test_what_shapes_and_dtypes_tell_is_refused_by_every_score():
+    x = torch.rand(1, 2, 1, 8, 8)
+    wrong = [(x, x[:, :1], None, "differ in shape"), (x[0], x[0], None, "predictions: a tensor"),
+             (x, x.numpy(), None, "truth: a tensor"), (x[:0], x[:0], None, "no side of 0"),
+             (x, x > 0.5, None, "dtype torch.bool"), (x, x, torch.ones(1, 2, 1, 8, 8), "mask: a bool tensor"),
+             (x, x, torch.ones(2, 1, 8, 8, dtype=torch.bool), "mask: a bool tensor"),
+             (x, x.to("meta"), None, "different devices"), (x, x, (x > 0).to("meta"), "different devices")]
+    for pred, truth, mask, text in wrong:
+        for score in (metrics.frame_scores, metrics.unit_errors,
+                      lambda pred, truth, mask: metrics.event_counts(pred, truth, (1,), mask)):
+            with pytest.raises(ValueError, match=text):
+                score(pred, truth, mask)
+    for levels in ((x * 255).to(torch.uint8), x.long()):
+        with pytest.raises(ValueError, match=r"floats in \[0, 1\] are needed"):
+            metrics.frame_scores(levels, levels)
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf, 1.5, -0.25, 200.0])
+def test_a_truth_outside_the_contract_has_no_score_and_is_said(fault):
+    pred, truth = clips(3, 2, 1, 12, 12)
+    truth[1, 1, 0, 2, 3] = fault
+    scores = metrics.frame_scores(pred, truth)
+    wrong = torch.zeros(3, 2, dtype=torch.bool)
+    wrong[1, 1] = True
+    assert all(scores[name].isnan().equal(wrong) for name in scores)
+    with pytest.raises(ValueError, match=r"the truth of 1 of 6 frames holds NaN or values outside \[0, 1\]"):
+        metrics.summarize(scores)
+    mask = truth != fault if fault == fault else ~truth.isnan()
+    assert metrics.summarize(metrics.frame_scores(pred, truth, mask))["mse"]["mean"] > 0
+
+
+def test_frames_of_0_to_255_are_refused_and_right_once_divided():
+    """10 against 200, which clipping to [0, 1] made perfect; scikit-image with data_range=255: 2.56 dB, .0999."""
+    pred, truth = torch.full((1, 1, 1, 12, 12), 10.0), torch.full((1, 1, 1, 12, 12), 200.0)
+    with pytest.raises(ValueError, match="outside"):
+        metrics.summarize(metrics.frame_scores(pred, truth))
+    scores = metrics.frame_scores(pred / 255, truth / 255)
+    assert scores["psnr"].item() == pytest.approx(2.556, abs=5e-4)
+    assert scores["ssim"].item() == pytest.approx(0.0999, abs=5e-5)
+
+
+def test_rounding_beyond_one_is_none_of_it():
+    truth = torch.full((1, 1, 1, 8, 8), 1 + 1e-7)
+    assert metrics.summarize(metrics.frame_scores(truth, truth))["mse"]["mean"] == pytest.approx(0, abs=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -203,10 +245,49 @@ def test_a_mask_leaves_pixels_out():
     disturbed, elsewhere = torch.where(mask, pred, math.nan), torch.where(mask, truth, torch.rand(truth.shape))
     again = metrics.frame_scores(disturbed, elsewhere, mask)
     assert all(torch.equal(scores[name], again[name]) for name in scores)
-    nothing = metrics.frame_scores(pred, truth, torch.zeros_like(mask))
-    assert (nothing["mse"] == 0).all() and (nothing["psnr"] == math.inf).all() and (nothing["ssim"] == 1).all()
     everything = metrics.frame_scores(pred, truth, torch.ones_like(mask))
     assert all(torch.equal(everything[name], values) for name, values in metrics.frame_scores(pred, truth).items())
+
+
+def test_ssim_under_a_mask_takes_the_windows_that_hold_data():
+    pred, truth = clips(1, 1, 1, 16, 17)
+    mask = torch.zeros_like(pred, dtype=torch.bool)
+    mask[..., 3:9, 5:] = torch.rand(6, 12) > 0.5
+    x, y = ((v * mask)[0, 0, 0].double().numpy() for v in (pred.clamp(0, 1), truth))
+    gauss = np.array([[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)])
+    scores = metrics.frame_scores(pred, truth, mask)
+    for name, a, b, window, top, sample in (
+            ("ssim", np.floor(255 * x), np.floor(255 * y), np.full((7, 7), 1 / 49), 255, True),
+            ("ssim_gaussian", x, y, gauss / gauss.sum(), 1, False)):
+        k, values = len(window), []
+        for i, j in np.ndindex(17 - k, 18 - k):
+            if mask[0, 0, 0, i:i + k, j:j + k].any():
+                values.append(slow_ssim(a[i:i + k, j:j + k], b[i:i + k, j:j + k], window, top, sample))
+        assert len(values) < (17 - k) * (18 - k) or name == "ssim_gaussian"
+        assert scores[name].item() == pytest.approx(np.mean(values), rel=1e-10)
+
+
+def test_frames_without_data_have_no_score():
+    """With half the sequences masked the scores stay those of the others; as exact frames they halved MSE."""
+    pred, truth = torch.rand(4, 3, 1, 16, 16), torch.rand(4, 3, 1, 16, 16)
+    mask = torch.ones_like(truth, dtype=torch.bool)
+    mask[::2] = False
+    mask[1, 2] = False
+    truth[~mask] = math.nan
+    scores = metrics.frame_scores(pred, truth, mask)
+    shown = (1, 0), (1, 1), (3, 0), (3, 1), (3, 2)
+    literal = [slow_scores(pred[at].numpy(), truth[at].numpy()) for at in shown]
+    summary = metrics.summarize(scores)
+    assert set(summary) == set(literal[0])
+    for name, entry in summary.items():
+        values = [frame[name] for frame in literal]
+        assert scores[name].isnan().sum() == 7 == entry["left_out"]
+        assert entry["mean"] == pytest.approx(np.mean(values), rel=1e-10)
+        means = [np.mean(values[0:3:2]), np.mean(values[1:4:2]), values[4]]
+        assert entry["frames"] == pytest.approx(means, rel=1e-10)
+    empty = metrics.summarize(metrics.frame_scores(pred, truth, torch.zeros_like(mask)))
+    assert all(entry["mean"] is None and entry["left_out"] == 12 for entry in empty.values())
+    assert empty["psnr"]["exact"] == 0
 
 
 def test_nan_in_a_prediction_shows():
@@ -220,8 +301,8 @@ def test_nan_in_a_prediction_shows():
 def test_summary_by_hand_and_fit_for_json():
     scores = {"mse": torch.tensor([[1.0, 2.0], [3.0, 6.0]]), "psnr": torch.tensor([[10.0, math.inf], [20.0, 60.0]])}
     summary = metrics.summarize(scores)
-    assert summary["mse"] == {"mean": 3.0, "frames": [2.0, 4.0]}
-    assert summary["psnr"] == {"mean": 30.0, "frames": [15.0, 60.0], "exact": 1}  # 30: over the three that are left
+    assert summary["mse"] == {"mean": 3.0, "frames": [2.0, 4.0], "left_out": 0}
+    assert summary["psnr"] == {"mean": 30.0, "frames": [15.0, 60.0], "exact": 1, "left_out": 0}  # 30: of three
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
@@ -233,17 +314,27 @@ def test_cuda_gives_what_the_cpu_gives():
         assert there[name].is_cuda and torch.allclose(there[name].cpu(), values, rtol=1e-12, atol=0), name
 
 
-# ---- Rain ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mask", [False, True])
+def test_nothing_is_asked_of_the_device_before_the_summary(mask):
+    """The meta device has no values: whatever needs one raises."""
+    x = torch.empty(2, 3, 2, 16, 16, device="meta")
+    mask = (x > 0) if mask else None
+    assert metrics.frame_scores(x, x, mask)["ssim"].shape == (2, 3)
+    assert metrics.event_counts(x, x, (1, 2), mask).shape == (2, 3, 5)
+    assert metrics.unit_errors(x, x, mask).shape == (3, 2, 3)
 
-def test_rain_counts_and_scores_by_hand():
+
+# ---- Scores in the data's unit ---------------------------------------------------------------------------------------
+
+def test_event_counts_and_scores_by_hand():
     pred = frames([[0.5, 3.0], [0.4, 0.0]], [[0.0, 0.0], [0.0, 0.0]])
     truth = frames([[0.5, 0.1], [2.5, 0.0]], [[0.0, 0.0], [0.0, 9.0]])
-    counts = metrics.rain_counts(pred, truth)  # hits, misses, false alarms, correct negatives
+    counts = metrics.event_counts(pred, truth, RAIN)  # hits, misses, false alarms, correct negatives, NaN
     assert counts.dtype == torch.int64
-    assert counts.tolist() == [[[1, 1, 1, 1], [0, 1, 0, 3]],   # 0.5 mm/h: "at least", so 0.5 itself is an event
-                               [[0, 1, 1, 2], [0, 1, 0, 3]],   # 2 mm/h
-                               [[0, 0, 0, 4], [0, 1, 0, 3]]]   # 5 mm/h
-    scores = metrics.csi_hss(counts)
+    assert counts.tolist() == [[[1, 1, 1, 1, 0], [0, 1, 0, 3, 0]],   # 0.5 mm/h: "at least", so 0.5 itself is an event
+                               [[0, 1, 1, 2, 0], [0, 1, 0, 3, 0]],   # 2 mm/h
+                               [[0, 0, 0, 4, 0], [0, 1, 0, 3, 0]]]   # 5 mm/h
+    scores = metrics.csi_hss(counts, RAIN)
     assert list(scores) == ["csi_0.5", "hss_0.5", "csi_2", "hss_2", "csi_5", "hss_5"]
     assert scores["csi_0.5"] == {"mean": pytest.approx(1 / 6), "frames": [pytest.approx(1 / 3), 0.0], "undefined": 0}
     assert scores["hss_0.5"]["frames"] == [0.0, 0.0]  # 2(1·1 − 1·1) = 0
@@ -255,29 +346,98 @@ def test_rain_counts_and_scores_by_hand():
 
 
 def test_scores_of_a_contingency_table():
-    counts = torch.tensor([[[50, 20, 30, 900]]])
+    counts = torch.tensor([[[50, 20, 30, 900, 0]]])
     scores = metrics.csi_hss(counts, thresholds=[1])
     assert scores["csi_1"]["mean"] == 0.5
     # 2(50·900 − 20·30) / (70·920 + 80·930) = 88800 / 138800
     assert scores["hss_1"]["mean"] == pytest.approx(88800 / 138800, rel=1e-15)
-    dry = metrics.csi_hss(torch.tensor([[[0, 0, 0, 10]]]), thresholds=[1])
+    dry = metrics.csi_hss(torch.tensor([[[0, 0, 0, 10, 0]]]), thresholds=[1])
     assert dry["csi_1"] == {"mean": None, "frames": [None], "undefined": 1}
 
 
-def test_rain_counts_add_up_and_respect_the_mask():
+def test_event_counts_add_up_and_respect_the_mask():
     pred, truth = (10 * torch.rand(4, 3, 1, 9, 9) for _ in range(2))
     mask = torch.rand(pred.shape) > 0.5
-    counts = metrics.rain_counts(pred, truth, mask=mask)
-    parts = [metrics.rain_counts(pred[rows], truth[rows], mask=mask[rows]) for rows in (slice(0, 1), slice(1, 4))]
+    counts = metrics.event_counts(pred, truth, RAIN, mask)
+    parts = [metrics.event_counts(pred[rows], truth[rows], RAIN, mask[rows]) for rows in (slice(0, 1), slice(1, 4))]
     assert torch.equal(counts, parts[0] + parts[1])
     assert torch.equal(counts.sum(-1), mask.sum((0, 2, 3, 4)).expand(3, 3))
-    expected = torch.zeros(3, 3, 4, dtype=torch.int64)
+    expected = torch.zeros(3, 3, 5, dtype=torch.int64)
     for b, t, c, y, x in np.ndindex(*pred.shape):
         if mask[b, t, c, y, x]:
             for k, threshold in enumerate((0.5, 2, 5)):
                 forecast, fell = pred[b, t, c, y, x] >= threshold, truth[b, t, c, y, x] >= threshold
                 expected[k, t, 0 if forecast and fell else 1 if fell else 2 if forecast else 3] += 1
     assert torch.equal(counts, expected)
+
+
+def test_nan_is_no_event_and_no_absence_of_one():
+    """64 of 64 correct negatives were made of a forecast of NaN on a dry day."""
+    pred, truth = torch.zeros(2, 2, 1, 8, 8), torch.zeros(2, 2, 1, 8, 8)
+    truth[:, :, 0, 0, 0] = 3
+    pred[0, 0, 0, 4, 4:6] = math.nan
+    truth[1, 0, 0, 4, 6] = math.nan
+    counts = metrics.event_counts(pred, truth, (2,))
+    assert counts.tolist() == [[[0, 2, 0, 123, 3], [0, 2, 0, 126, 0]]]
+    scores = metrics.csi_hss(counts, (2,))
+    assert scores["csi_2"] == scores["hss_2"] == {"mean": None, "frames": [None, 0.0], "undefined": 0}
+    mask = ~(pred.isnan() | truth.isnan())
+    assert metrics.csi_hss(metrics.event_counts(pred, truth, (2,), mask), (2,))["csi_2"]["mean"] == 0.0
+    nothing = metrics.csi_hss(metrics.event_counts(pred, truth, (2,), torch.zeros_like(mask)), (2,))
+    assert nothing["hss_2"] == {"mean": None, "frames": [None, None], "undefined": 2}
+
+
+def test_counts_of_other_thresholds_are_refused():
+    counts = metrics.event_counts(*clips(1, 2, 1, 4, 4), (0.5, 2))
+    for wrong in ((0.5,), (0.5, 2, 5)):
+        with pytest.raises(ValueError, match="are not"):
+            metrics.csi_hss(counts, wrong)
+    with pytest.raises(ValueError, match="are not"):
+        metrics.csi_hss(counts[..., :4], (0.5, 2))
+    assert metrics.csi_hss(metrics.event_counts(*clips(1, 2, 1, 4, 4), ()), ()) == {}
+
+
+def test_whole_numbers_have_events_too_and_a_threshold_is_named_as_it_is():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16)
+    counts = metrics.event_counts(levels, levels, (99.5, 240.0))
+    assert counts[:, 0].tolist() == [[156, 0, 0, 100, 0], [16, 0, 0, 240, 0]]
+    assert list(metrics.csi_hss(counts, (99.5, 240.0))) == ["csi_99.5", "hss_99.5", "csi_240", "hss_240"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_errors_in_units_are_pooled_over_pixels(channels):
+    pred, truth = (280 + 30 * torch.randn(5, 4, channels, 6, 7) for _ in range(2))
+    mask = torch.rand(truth.shape) > 0.3
+    mask[:, 2] = False                                            # a lead time without data
+    truth[~mask] = math.nan
+    sums = metrics.unit_errors(pred, truth, mask)
+    assert sums.dtype == torch.float64 and sums.shape == (4, channels, 3)
+    parts = metrics.unit_errors(pred[:2], truth[:2], mask[:2]) + metrics.unit_errors(pred[2:], truth[2:], mask[2:])
+    torch.testing.assert_close(parts, sums, rtol=1e-14, atol=0)
+    summary = metrics.unit_summary(sums)
+    suffixes = [""] + ([f"_{c + 1}" for c in range(channels)] if channels > 1 else [])
+    assert list(summary) == [name + suffix for suffix in suffixes for name in ("rmse", "mae_units")]
+    error = np.where(mask, pred.double().numpy() - truth.double().numpy(), np.nan)
+    for suffix in suffixes:
+        of = error[:, :, int(suffix[1:]) - 1] if suffix else error
+        for name, power, root in (("rmse", 2, np.sqrt), ("mae_units", 1, float)):
+            frames = [None if t == 2 else root(np.nanmean(np.abs(of[:, t]) ** power)) for t in range(4)]
+            assert summary[name + suffix]["frames"] == [v if v is None else pytest.approx(v, rel=1e-12) for v in frames]
+            assert summary[name + suffix]["mean"] == pytest.approx(root(np.nanmean(np.abs(of) ** power)), rel=1e-12)
+    json.dumps(summary, allow_nan=False)
+
+
+def test_errors_in_units_by_hand_and_with_nan():
+    pred, truth = frames([[1, 2], [3, 4]], [[1, 1], [1, 1]]), frames([[1, 2], [3, 8]], [[1, 1], [1, 3]])
+    assert metrics.unit_errors(pred, truth).tolist() == [[[16, 4, 4]], [[4, 2, 4]]]
+    assert metrics.unit_summary(metrics.unit_errors(pred, truth)) == {
+        "rmse": {"mean": math.sqrt(20 / 8), "frames": [2.0, 1.0]}, "mae_units": {"mean": 6 / 8, "frames": [1.0, 0.5]}}
+    for bad in (math.nan, math.inf):
+        spoilt = pred.double()
+        spoilt[0, 1, 0, 0, 0] = bad
+        assert metrics.unit_summary(metrics.unit_errors(spoilt, truth))["rmse"] == {"mean": None, "frames": [2.0, None]}
+    with pytest.raises(ValueError, match="are not"):
+        metrics.unit_summary(torch.zeros(4, 3))
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------
@@ -320,7 +480,7 @@ def test_table_holds_the_numbers():
 def test_table_of_a_real_evaluation_stays_narrow():
     pred, truth = clips(2, 12, 2, 128, 128)
     summary = metrics.summarize(metrics.frame_scores(pred, truth))
-    summary |= metrics.csi_hss(metrics.rain_counts(pred * 8, truth * 8))
+    summary |= metrics.csi_hss(metrics.event_counts(pred * 8, truth * 8, RAIN), RAIN)
     results = dict.fromkeys(("forecast", "all_predictions", "repeat_last", "black"), summary)
     for shown in (PIXEL_METRICS, ("mse", "mae", "psnr_float", "ssim_gaussian")):
         text = metrics.table(results, [{"source": "A very long name of a source, Table 12", "mse": 1.5}], shown)
