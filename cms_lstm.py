@@ -1,5 +1,7 @@
 """CMS-LSTM: input and context interact before the ConvLSTM gates, hidden state and cell attend at three scales after.
 
+From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors: keep this line with a copy.
+
     Z. Chai, C. Yuan, Z. Lin, Y. Bai. "CMS-LSTM: Context-Embedding and Multi-Scale Spatiotemporal-Expression LSTM for
     Video Prediction." ICME 2022.
 
@@ -281,14 +283,15 @@ class CMSLSTM(nn.Module):
     Attributes: `recompute`: set it to True to keep, of six steps in seven, only the states for the backward pass, and
     compute the rest again there: less memory, more time, same gradients. `map_names`: what the maps of each entry of
     `extras` are, in their order.
-    Raises ValueError, in one line that names the way out, for arguments that cannot be built.
+    Raises ValueError, in one line that names the way out, for what cannot be built and frames it cannot read.
     """
 
     def __init__(self, channels=1, size=64, setup=DEFAULT_SETUP, variant="full",
                  hidden=None, layers=None, kernel=None, patch=None, ce_steps=5):
         super().__init__()
-        if setup not in NETWORK or variant not in VARIANTS:
-            raise ValueError(f"setup {setup!r}, variant {variant!r}: choose from {[*NETWORK]} and {[*VARIANTS]}")
+        for name, value, known in ("setup", setup, NETWORK), ("variant", variant, VARIANTS):
+            if value not in known:
+                raise ValueError(f"{name} {value!r}: choose from {', '.join(known)}")
         given = dict(hidden=hidden, layers=layers, kernel=kernel, patch=patch)
         network = NETWORK[setup] | {name: value for name, value in given.items() if value is not None}
         hidden, layers, kernel, patch = (network[name] for name in given)
@@ -296,13 +299,11 @@ class CMSLSTM(nn.Module):
             raise ValueError("channels, hidden, layers, kernel and patch must be positive, the kernel odd, ce_steps at "
                              f"least 2: {network | dict(channels=channels, ce_steps=ce_steps)}")
         backbone, with_ce, scales = BUILT_OF[variant]
-        unit, (height, width) = patch * max(scales, default=1), (size, size) if isinstance(size, int) else size
-        if height % unit or width % unit or min(height, width) < unit:
-            near = [max(side // unit, 1) * unit for side in (height, width)]
-            raise ValueError(f"frames of {height}×{width}: patches of {patch} and SE's scales {scales} need sides that "
-                             f"{unit} divides; the nearest: {near[0]}×{near[1]}, {near[0] + unit}×{near[1] + unit}")
+        height, width = (size, size) if isinstance(size, int) else size
         self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
-        self.hidden, self.patch, self.recompute = hidden, patch, False
+        self.hidden, self.patch, self.unit, self.recompute = hidden, patch, patch * max(scales, default=1), False
+        self.one_size = setup == "patch4"                         # LayerNorm: weights of the shape of the maps
+        self.check((1, 1, channels, height, width))
         self.map_names = {"ce_input": ("X before CE", "X after CE"),
                           "attention": [f"scale {s}, {state}" for s in scales for state in "HC"]}
 
@@ -311,6 +312,23 @@ class CMSLSTM(nn.Module):
         self.cells = nn.ModuleList(
             CELLS[backbone](hidden, kernel, grid, norm, ce_steps if with_ce else 0, scales) for _ in range(layers))
         self.output = nn.Conv2d(hidden, tokens, 1)
+
+    def check(self, shape, horizon=1):
+        """Raise ValueError, in one line that names the way out, for frames of a shape that this model cannot read."""
+        if len(shape) != 5 or shape[2] != self.channels or min(shape[1], shape[1] - 1 + horizon) < 1:
+            raise ValueError(f"frames {(*shape,)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
+                             "and where T is 1 the horizon at least 1")
+        height, width = shape[3:]
+        if self.one_size and (height, width) != self.size:
+            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} alone; "
+                             f"build the model with size=({height}, {width})")
+        unit = self.unit
+        near = [sorted({max((side + half) // unit, 1) * unit for half in ((unit - 1) // 2, unit // 2)})
+                for side in (height, width)]                      # the nearest multiple, or both where two are as near
+        if near != [[height], [width]]:
+            near = ", ".join(f"{h}×{w}" for h in near[0] for w in near[1])
+            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of {unit}, "
+                             f"the patch times SE's largest scale; the nearest sizes: {near}")
 
     def step(self, x, state, points=None):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, ([state of every layer], memory), query points or None
@@ -343,6 +361,7 @@ class CMSLSTM(nn.Module):
         Returns: predictions (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1. With extras: a pair.
         Raises ValueError for a query point outside the frame.
         """
+        self.check(frames.shape, horizon)
         truth = F.pixel_unshuffle(frames, self.patch)             # (B, T, p²C, H/p, W/p)
         B, T, _, height, width = truth.shape
         points = None

@@ -1,5 +1,7 @@
 """MoDeRNN: a ConvLSTM whose input and context reweight each other before they meet in the gates.
 
+From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors: keep this line with a copy.
+
     Z. Chai, Z. Xu, C. Yuan. "MoDeRNN: Towards Fine-grained Motion Details for Spatiotemporal Predictive Learning."
     ICASSP 2022.
 
@@ -174,14 +176,15 @@ class MoDeRNN(nn.Module):
     Attributes: `recompute`: set it to True to keep, of six steps in seven, only the states for the backward pass, and
     compute the rest again there: less memory, more time, same gradients. `map_names`: what the maps of each entry of
     `extras` are, in their order.
-    Raises ValueError, in one line that names the way out, for arguments that cannot be built.
+    Raises ValueError, in one line that names the way out, for what cannot be built and frames it cannot read.
     """
 
     def __init__(self, channels=1, size=64, setup=DEFAULT_SETUP, variant="full",
                  hidden=None, layers=None, kernel=None, patch=None):
         super().__init__()
-        if setup not in NETWORK or variant not in VARIANTS:
-            raise ValueError(f"setup {setup!r}, variant {variant!r}: choose from {[*NETWORK]} and {[*VARIANTS]}")
+        for name, value, known in ("setup", setup, NETWORK), ("variant", variant, VARIANTS):
+            if value not in known:
+                raise ValueError(f"{name} {value!r}: choose from {', '.join(known)}")
         given = dict(hidden=hidden, layers=layers, kernel=kernel, patch=patch)
         network = NETWORK[setup] | {name: value for name, value in given.items() if value is not None}
         hidden, layers, kernel, patch = (network[name] for name in given)
@@ -189,12 +192,10 @@ class MoDeRNN(nn.Module):
             raise ValueError("channels, hidden, layers, kernel and patch must be positive and the kernel odd: "
                              f"{network | dict(channels=channels)}")
         height, width = (size, size) if isinstance(size, int) else size
-        if height % patch or width % patch or min(height, width) < patch:
-            near = [max(side // patch, 1) * patch for side in (height, width)]
-            raise ValueError(f"frames of {height}×{width} cannot be cut into {patch}×{patch} patches; "
-                             f"the nearest sizes that can: {near[0]}×{near[1]}, {near[0] + patch}×{near[1] + patch}")
         self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
         self.hidden, self.patch, self.recompute = hidden, patch, False
+        self.one_size = setup == "patch4"                         # LayerNorm: weights of the shape of the maps
+        self.check((1, 1, channels, height, width))
         self.map_names = {"weights": ("Attn_H", "Attn_X")}
 
         norm, tokens, grid = setup == "patch4", channels * patch**2, (height // patch, width // patch)
@@ -202,6 +203,23 @@ class MoDeRNN(nn.Module):
         self.cells = nn.ModuleList(
             MoDeRNNCell(hidden, kernel, grid, norm, DCB_KERNELS[variant]) for _ in range(layers))
         self.output = nn.Conv2d(hidden, tokens, 1)
+
+    def check(self, shape, horizon=1):
+        """Raise ValueError, in one line that names the way out, for frames of a shape that this model cannot read."""
+        if len(shape) != 5 or shape[2] != self.channels or min(shape[1], shape[1] - 1 + horizon) < 1:
+            raise ValueError(f"frames {(*shape,)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
+                             "and where T is 1 the horizon at least 1")
+        height, width = shape[3:]
+        if self.one_size and (height, width) != self.size:
+            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} alone; "
+                             f"build the model with size=({height}, {width})")
+        unit = self.patch
+        near = [sorted({max((side + half) // unit, 1) * unit for half in ((unit - 1) // 2, unit // 2)})
+                for side in (height, width)]                      # the nearest multiple, or both where two are as near
+        if near != [[height], [width]]:
+            near = ", ".join(f"{h}×{w}" for h in near[0] for w in near[1])
+            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {unit}; "
+                             f"the nearest sizes: {near}")
 
     def step(self, x, state, merged):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) of every layer], [the DCB's merged kernels of
@@ -228,6 +246,7 @@ class MoDeRNN(nn.Module):
                 multiplied with, then Attn_X, which the context was.
         Returns: predictions (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1. With extras: a pair.
         """
+        self.check(frames.shape, horizon)
         truth = F.pixel_unshuffle(frames, self.patch)             # (B, T, p²C, H/p, W/p)
         B, T, _, height, width = truth.shape
         zero = truth.new_zeros(B, self.hidden, height, width)

@@ -1,5 +1,7 @@
 """MS-LSTM: a recurrent network that sees several scales in space (a mirrored pyramid) and in time (two kernels a cell).
 
+From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors: keep this line with a copy.
+
     Z. Ma, H. Zhang, J. Liu.
     "MS-LSTM: Exploring Spatiotemporal Multiscale Representations in Video Prediction Domain." 2023.
 
@@ -164,14 +166,15 @@ class MSLSTM(nn.Module):
             state (B, hidden, H, W), zero before the first frame. `norm` is whether the set-up normalises.
     Attributes: `recompute`: set it to True to keep, of six steps in seven, only the states for the backward pass, and
     compute the rest again there: less memory, more time, same gradients.
-    Raises ValueError, in one line that names the way out, for arguments that cannot be built.
+    Raises ValueError, in one line that names the way out, for what cannot be built and frames it cannot read.
     """
 
     def __init__(self, channels=1, size=64, setup=DEFAULT_SETUP, variant="full",
                  hidden=None, layers=None, kernel=None, patch=None, cell=None):
         super().__init__()
-        if setup not in NETWORK or variant not in VARIANTS:
-            raise ValueError(f"setup {setup!r}, variant {variant!r}: choose from {[*NETWORK]} and {[*VARIANTS]}")
+        for name, value, known in ("setup", setup, NETWORK), ("variant", variant, VARIANTS):
+            if value not in known:
+                raise ValueError(f"{name} {value!r}: choose from {', '.join(known)}")
         given = dict(hidden=hidden, layers=layers, kernel=kernel, patch=patch)
         network = NETWORK[setup] | {name: value for name, value in given.items() if value is not None}
         hidden, layers, kernel, patch = (network[name] for name in given)
@@ -184,24 +187,40 @@ class MSLSTM(nn.Module):
         # The depth of each layer in the pyramid, 0, 1, 2, 2, 1, 0 for six: its maps are 2^depth times smaller.
         depths = [min(layer, layers - 1 - layer) if pyramid else 0 for layer in range(layers)]
         height, width = (size, size) if isinstance(size, int) else size
-        unit = patch * 2 ** max(depths)
-        if height % unit or width % unit or min(height, width) < unit:
-            smaller = [max(side // unit, 1) * unit for side in (height, width)]
-            larger = [max(-(-side // unit), 1) * unit for side in (height, width)]
-            near = dict.fromkeys(f"{h}×{w}" for h, w in (smaller, larger))
-            raise ValueError(f"frames of {height}×{width} cannot be cut into {patch}×{patch} patches and pooled by "
-                             f"{unit // patch} after that; the nearest sizes that can: {', '.join(near)}")
         self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
-        self.hidden, self.patch, self.pyramid, self.depths, self.recompute = hidden, patch, pyramid, depths, False
+        self.hidden, self.patch, self.unit, self.recompute = hidden, patch, patch * 2 ** max(depths), False
+        self.pyramid, self.depths = pyramid, depths
+        self.one_size = setup == "patch4"                         # LayerNorm: weights of the shape of the maps
+        self.check((1, 1, channels, height, width))
 
         norm, tokens = setup == "patch4", channels * patch**2
-        # Convolutions of full frames are a tenth faster with a pixel's channels together in memory; LayerNorm would copy.
-        self.layout = torch.contiguous_format if norm else torch.channels_last
         cell = cell or (MKLSTMCell if variant in ("tms", "full") else ConvLSTMCell)
         grids = [(height // patch // 2**depth, width // patch // 2**depth) for depth in depths]
         self.embed = nn.Conv2d(tokens, hidden, 1)
         self.cells = nn.ModuleList(cell(hidden, hidden, kernel, grid, norm) for grid in grids)
         self.output = nn.Conv2d(hidden, tokens, 1)
+
+    @property
+    def layout(self):
+        """A pixel's channels together in memory: a tenth faster for full frames. LayerNorm would copy."""
+        return torch.contiguous_format if self.one_size else torch.channels_last
+
+    def check(self, shape, horizon=1):
+        """Raise ValueError, in one line that names the way out, for frames of a shape that this model cannot read."""
+        if len(shape) != 5 or shape[2] != self.channels or min(shape[1], shape[1] - 1 + horizon) < 1:
+            raise ValueError(f"frames {(*shape,)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
+                             "and where T is 1 the horizon at least 1")
+        height, width = shape[3:]
+        if self.one_size and (height, width) != self.size:
+            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} alone; "
+                             f"build the model with size=({height}, {width})")
+        unit = self.unit
+        near = [sorted({max((side + half) // unit, 1) * unit for half in ((unit - 1) // 2, unit // 2)})
+                for side in (height, width)]                      # the nearest multiple, or both where two are as near
+        if near != [[height], [width]]:
+            near = ", ".join(f"{h}×{w}" for h in near[0] for w in near[1])
+            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of {unit}, "
+                             f"the patch times all poolings; the nearest sizes: {near}")
 
     def step(self, x, state):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, the states of every layer -> those of the next frame."""
@@ -229,6 +248,7 @@ class MSLSTM(nn.Module):
                 each at that layer's own resolution: its hidden states, which Fig. 4 and 5 draw.
         Returns: predictions (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1. With extras: a pair.
         """
+        self.check(frames.shape, horizon)
         truth = F.pixel_unshuffle(frames, self.patch)             # (B, T, p²C, H/p, W/p)
         B, T, _, height, width = truth.shape
         state = []                                                # states start at zero

@@ -1,6 +1,8 @@
 """What every model file promises, for every variant under both set-ups."""
 
+import copy
 import importlib
+import io
 import shutil
 import subprocess
 import sys
@@ -135,8 +137,76 @@ def test_refuses_what_cannot_be_built(name):
         with pytest.raises(ValueError) as caught:
             model(**(dict(setup="patch4") | wrong))
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="32"):                   # names the nearest size
-        model(setup="patch4", size=30)
+    with pytest.raises(ValueError, match="^setup 'other': choose from patch4, fullres$"):
+        model(setup="other")
+    with pytest.raises(ValueError, match="^variant 'other': choose from .*full"):
+        model(variant="other")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(30, 30), (30, 40), (50, 64), (62, 3), (1, 999)])
+def test_names_the_nearest_sizes(name, size):
+    """Those that build, of each side the nearest; a side that fits stays."""
+    model = importlib.import_module(name).MODEL
+    unit = dict(cms_lstm=16, ms_lstm=8).get(name, 4)              # the patch, times what the scales or the poolings cut
+    fits = [[s for s in range(unit, 1100, unit) if abs(s - side) == min(abs(t - side) for t in range(unit, 1100, unit))]
+            for side in size]
+    with pytest.raises(ValueError) as caught:
+        model(setup="patch4", size=size)
+    named = str(caught.value).rpartition(": ")[2].split(", ")
+    assert named == [f"{h}×{w}" for h in fits[0] for w in fits[1]]
+    for one in named:
+        with torch.device("meta"):
+            model(setup="patch4", size=tuple(map(int, one.split("×"))), hidden=4, layers=4)
+
+
+@pytest.mark.parametrize("name, setup, variant", CASES)
+def test_refuses_frames_that_it_cannot_read(name, setup, variant):
+    model = small(name, setup, variant)
+    one_size = setup == "patch4" or variant == "peephole"
+    for shape, horizon, text in [((1, 1, 1, 16, 16), 0, "horizon at least 1"), ((1, 0, 1, 16, 16), 3, "horizon"),
+                                 ((1, 3, 2, 16, 16), 0, r"\(B, T, 1, H, W\)"), ((3, 1, 16, 16), 0, r"\(B, T, 1, H, W\)"),
+                                 ((1, 3, 1, 16, 17), 0, "16×16"),
+                                 ((1, 3, 1, 32, 16), 0, r"fit 16×16 alone; build the model with size=\(32, 16\)")]:
+        if text.startswith("fit") and not one_size:
+            assert model(torch.rand(shape)).shape == (1, 2, 1, 32, 16)
+            continue
+        with pytest.raises(ValueError, match=text) as caught:
+            model(torch.rand(shape), horizon=horizon)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, setup, variant", CASES)
+def test_is_saved_whole_and_copied(name, setup, variant):
+    model, frames = small(name, setup, variant, layers=2), torch.rand(1, 3, 1, 16, 16)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with torch.no_grad():
+        for other in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+            torch.testing.assert_close(other(frames, horizon=2), model(frames, horizon=2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name, setup", [(name, setup) for name in NAMES for setup in ("patch4", "fullres")])
+def test_is_exported_and_compiled_whole(name, setup):
+    """torch.export and torch.compile see one graph, for frames of one shape."""
+    model, frames = small(name, setup, "full", layers=2).eval(), torch.rand(2, 3, 1, 16, 16)
+    with torch.no_grad():
+        forecast = model(frames, horizon=2)
+        exported = torch.export.export(model, (frames,), dict(horizon=2)).module()
+        torch.testing.assert_close(exported(frames, horizon=2), forecast)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(frames, horizon=2), forecast)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_says_where_it_is_from(name):
+    """A copied file names its project and its licence."""
+    project = (ROOT / "README.md").read_text().partition("\n")[0].removeprefix("# ")
+    copyright = next(line for line in (ROOT / "LICENSE").read_text().splitlines() if line.startswith("Copyright"))
+    head = " ".join((ROOT / f"{name}.py").read_text().splitlines()[:5])
+    assert project in head and "MIT licence" in head and copyright.lower() in head.lower()
 
 
 @pytest.mark.parametrize("name", NAMES)
