@@ -15,6 +15,7 @@ opening.
 
 import bz2
 import contextlib
+import errno
 import gzip
 import hashlib
 import json
@@ -29,11 +30,13 @@ import tempfile
 import time
 import tokenize
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 try:
     import fcntl
@@ -45,8 +48,17 @@ import torch
 from tqdm import tqdm
 
 
+def printable(text):
+    """Text for a terminal or a log: control characters, ends of lines and bytes that are no UTF-8 as escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]",
+                  lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
 class DataError(Exception):
-    """Data that cannot be used. Its message is one line that names the file, the fault and the way out."""
+    """Data that cannot be used. Its message is one printable line: the file, the fault and the way out."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
 
 
 # ---------------------------------------------------------------------------------------------------------------- clips
@@ -390,6 +402,42 @@ def alone_in(folder):
         os.close(handle)
 
 
+@contextlib.contextmanager
+def reading(path, way_out=""):
+    """The door for every file that this process did not write: opens it, binary, for the block of a `with`.
+
+    What is no regular file is refused without being read or waited for, and whatever the block raises becomes a
+    DataError of one line that names the file, the reason and the way out. A DataError passes, and so does an OSError
+    that is about writing or about another file. Warnings of libraries about the file are silent.
+    """
+    try:
+        with warnings.catch_warnings(), open(path, "rb", opener=_open_regular) as file:
+            warnings.simplefilter("ignore")
+            yield file
+    except DataError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, OSError):
+            other = error.filename is not None and str(error.filename) != str(path)
+            if other or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+        elif type(error).__module__ == "builtins" and not isinstance(error, (ValueError, EOFError)):
+            reason = f"{type(error).__name__} {reason}"    # such as a KeyError, whose text is the key
+        reason = " ".join(reason.split())[:200] or type(error).__name__
+        raise DataError(f"{path} cannot be read: {reason}{way_out and '; '}{way_out}") from None
+
+
+def _open_regular(path, flags):
+    """For `open`: a FIFO would wait for its writer, a device may never end."""
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(handle).st_mode
+    if not S_ISREG(mode):
+        os.close(handle)
+        raise ValueError("it is a folder" if S_ISDIR(mode) else "it is no regular file")
+    return handle
+
+
 READ_ERRORS = (OSError, EOFError, ValueError, TypeError, RuntimeError, OverflowError, SyntaxError, zlib.error,
                zipfile.BadZipFile, tokenize.TokenError)    # TokenError, SyntaxError: numpy's, of broken headers
 
@@ -428,15 +476,18 @@ def mnist_digits(folder, name):
         with alone_in(folder):
             if not path.exists():
                 _download_mnist(path, checksum)
-    try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}): delete it to have it downloaded again") from None
-    if hashlib.sha256(content).hexdigest() != checksum:
-        raise DataError(f"{path} is not the MNIST file of that name (its checksum differs): delete it to have it "
-                        f"downloaded again")
+    with reading(path, "delete it to have it downloaded again") as file:
+        content = _mnist_content(gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, name)
     return np.frombuffer(content, np.uint8, offset=16).reshape(count, DIGIT, DIGIT)
+
+
+def _mnist_content(file, name):
+    """The unpacked bytes of an MNIST file, of which no more are read than it has; ValueError if they are others."""
+    count, checksum = MNIST_FILES[name]
+    content = file.read(16 + count * DIGIT**2 + 1)
+    if hashlib.sha256(content).hexdigest() != checksum:
+        raise ValueError("it is not the MNIST file of that name (its checksum differs)")
+    return content
 
 
 def _download_mnist(path, checksum):
@@ -476,13 +527,10 @@ def open_moving_mnist(folder, setup="patch4", frames_in=None, horizon=None):
     train, test = (mnist_digits(folder, name) for name in MNIST_FILES)
     standard, path = None, folder / "mnist_test_seq.npy"
     if setup == "patch4" and path.exists():
-        try:
-            standard = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} is damaged ({error}): remove it, and generated test sequences are used") from None
-        if standard.dtype != np.uint8 or standard.shape != (20, 10_000, CANVAS, CANVAS):
-            raise DataError(f"{path} has {standard.dtype} {standard.shape}, not uint8 (20, 10000, 64, 64): remove it, "
-                            f"and generated test sequences are used")
+        with reading(path, "remove it, and generated test sequences are used"):
+            standard = np.lib.format.open_memmap(path, mode="r")
+            if standard.dtype != np.uint8 or standard.shape != (20, 10_000, CANVAS, CANVAS):
+                raise ValueError(f"it has {standard.dtype} {standard.shape}, not uint8 (20, 10000, 64, 64)")
     return MovingDigits("moving_mnist", train, test, 2_000, setup, frames_in, horizon, standard)
 
 

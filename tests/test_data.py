@@ -3,11 +3,16 @@
 import gzip
 import hashlib
 import http.server
+import lzma
 import math
 import os
 import shutil
+import socket
 import threading
 import time
+import tracemalloc
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -285,7 +290,7 @@ def test_plain_and_packed_files_hold_the_same(real_mnist, tmp_path):
     assert (data.mnist_digits(tmp_path, T10K) == data.mnist_digits(real_mnist, T10K)).all()
 
 
-@pytest.mark.parametrize("fault", ["cut off", "bit", "not gzip", "another file", "folder"])
+@pytest.mark.parametrize("fault", ["cut off", "bit", "not gzip", "another file", "folder", "FIFO", "endless", "bomb"])
 def test_a_damaged_file_is_refused_by_name(real_mnist, tmp_path, fault):
     path = tmp_path / f"{T10K}.gz"
     whole = (real_mnist / path.name).read_bytes()
@@ -297,10 +302,21 @@ def test_a_damaged_file_is_refused_by_name(real_mnist, tmp_path, fault):
         path.write_bytes(b"<html>not found</html>")
     elif fault == "another file":
         path.write_bytes(gzip.compress(b"something else"))
-    else:
+    elif fault == "folder":
         path.mkdir()
+    elif fault == "FIFO":
+        os.mkfifo(path)
+    elif fault == "endless":
+        path.symlink_to("/dev/zero")
+    else:
+        with gzip.open(path, "wb", 1) as file:
+            for _ in range(300):
+                file.write(bytes(1 << 20))
+    tracemalloc.start()
     with pytest.raises(data.DataError) as error:
         data.mnist_digits(tmp_path, T10K)
+    assert tracemalloc.get_traced_memory()[1] < 30e6        # the file has 8 MB
+    tracemalloc.stop()
     assert str(path) in str(error.value) and "delete it" in str(error.value) and "\n" not in str(error.value)
     assert os.listdir(tmp_path) == [path.name]
 
@@ -381,10 +397,10 @@ def test_the_standard_test_file_is_used_where_it_lies(real_mnist, tmp_path):
     assert "generated" in data.open_data("moving_mnist", tmp_path, "fullres").test_set
     with open(path, "r+b") as file:
         file.truncate(10_000_000)
-    with pytest.raises(data.DataError, match="mnist_test_seq.npy is damaged"):
+    with pytest.raises(data.DataError, match="mnist_test_seq.npy cannot be read: .*; remove it"):
         data.open_data("moving_mnist", tmp_path)
     np.save(path, np.zeros((10, 20, 64, 64), np.uint8))
-    with pytest.raises(data.DataError, match="mnist_test_seq.npy has uint8"):
+    with pytest.raises(data.DataError, match="mnist_test_seq.npy cannot be read: it has uint8"):
         data.open_data("moving_mnist", tmp_path)
 
 
@@ -403,3 +419,51 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
     data.write_whole(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [ValueError("bad\n  value"), KeyError("key"), MemoryError(), RecursionError("deep"),
+                                   zipfile.BadZipFile("no zip"), lzma.LZMAError("bad"), OSError(5, "Input/output error"),
+                                   AttributeError("x"), IndexError(), RuntimeError("a" * 5000)])
+def test_whatever_a_reader_raises_is_one_line_with_the_way_out(tmp_path, error):
+    path = tmp_path / "a\x1b[2J\udce9\n"
+    path.write_bytes(b"content")
+    with pytest.raises(data.DataError) as refusal, warnings.catch_warnings(record=True) as said:
+        with data.reading(path, "delete it") as file:
+            assert file.read() == b"content"
+            warnings.warn("of a library")
+            raise error
+    text = str(refusal.value)
+    assert text.startswith(f"{tmp_path}/a\\x1b[2J\\udce9\\n cannot be read: ") and text.endswith("; delete it")
+    assert text.isprintable() and len(text) < 400 and not said
+    reason = text.split("cannot be read: ")[1].removesuffix("; delete it")
+    assert reason and str(error.args[-1] if error.args else type(error).__name__).split()[0][:150] in reason
+
+
+def test_faults_of_writing_are_not_the_files(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    for error in (OSError(28, "No space left on device"), OSError(122, "Disk quota exceeded"),
+                  PermissionError(13, "Permission denied", str(tmp_path / "copy")), data.DataError("as it is")):
+        with pytest.raises(type(error)) as passed:
+            with data.reading(tmp_path / "a"):
+                raise error
+        assert passed.value is error
+    with pytest.raises(data.DataError, match="b cannot be read: No such file or directory$"):
+        with data.reading(tmp_path / "b"):
+            pass
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "/dev/zero", "/dev/null", "socket"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "a"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+    else:
+        path.symlink_to(kind)
+    with pytest.raises(data.DataError, match="a cannot be read: "):
+        with data.reading(path):
+            raise AssertionError("opened")
