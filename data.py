@@ -108,6 +108,12 @@ class Clips:
         return {name: getattr(self, name) for name in names} | {"notes": list(self.notes)}
 
 
+def to_device(array, device):
+    """A NumPy array as a tensor on a device; to CUDA by way of pinned memory, so that nobody waits for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+
+
 def _over_255(levels):
     """uint8 tensor -> float32 in [0, 1], the same bits on the CPU and on CUDA.
 
@@ -264,8 +270,7 @@ class MovingDigits(Clips):
             self._on_device[key] = self._digits[part].to(device)
         padded = self._on_device[key]
         which, corners = trajectories(raw, self.setup, self.frames_in + self.horizon, len(padded))
-        which, corners = torch.from_numpy(which).to(device), torch.from_numpy(corners).to(device)
-        return _over_255(draw_digits(padded, which, corners, self.overlap))
+        return _over_255(draw_digits(padded, to_device(which, device), to_device(corners, device), self.overlap))
 
 
 def _pad(digits):

@@ -82,18 +82,21 @@ def cpu_has_bf16():
 
 
 def computes_in(device, precision):
-    """Whether a device has that arithmetic: tf32 is CUDA's alone, and not every CPU has bf16."""
-    return device.type == "cuda" or precision == "fp32" or precision == "bf16" and cpu_has_bf16()
+    """Whether a device has that arithmetic: tf32 is CUDA's alone, and bf16 is neither every CPU's nor every GPU's."""
+    if precision == "bf16":
+        return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
+    return precision == "fp32" or device.type == "cuda"
 
 
 def precision_of(name, device):
     """The arithmetic to train in; sets up what the whole process shares."""
-    name = name or ("bf16" if device.type == "cuda" else "fp32")
+    name = name or ("bf16" if device.type == "cuda" and computes_in(device, "bf16") else "fp32")
     if not computes_in(device, name):
         raise UserError("--precision tf32 is CUDA's; on the CPU use fp32 or bf16" if name == "tf32" else
-                        "--precision bf16: this CPU has no bf16 arithmetic; use fp32")
+                        f"--precision bf16: this {'GPU' if device.type == 'cuda' else 'CPU'} has no bf16 arithmetic; use fp32")
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
+    torch.backends.cudnn.benchmark = True       # sizes never change, so trying every algorithm once pays
     return name
 
 
@@ -186,8 +189,12 @@ def build(config):
 # ----------------------------------------------------------------------------------------------------------- training
 
 def make_optimizer(model, config):
+    """Adam or AdamW. On CUDA it is two launches, and the learning rate lies on the device, as a graph needs it."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config["optimizer"]]
-    return kind(model.parameters(), lr=config["lr"], weight_decay=config["weight_decay"])
+    device = next(model.parameters()).device
+    options = dict(lr=config["lr"]) if device.type == "cpu" else dict(
+        lr=torch.tensor(config["lr"], device=device), fused=True, capturable=True)
+    return kind(model.parameters(), weight_decay=config["weight_decay"], **options)
 
 
 def learning_rate(config, iteration):
@@ -204,12 +211,15 @@ def sampling_mask(model, config, iteration, device):
     p = model.truth_probability(iteration, config["schedule"], config["frames_in"], steps)
     drawn = data.draws(MASK_STREAM, config["seed"], iteration, config["batch"], steps)
     mask = drawn[processes.share(config["batch"])] < np.rint(np.array(p) * 2**32)       # (B, T-1)
-    return torch.from_numpy(mask.T.copy()).to(device, non_blocking=True), p[-1]
+    return data.to_device(mask.T.copy(), device), p[-1]
 
 
 def frame_loss(predictions, truth, kind):
-    """Mean over batch and frames of the sum over pixels of error² ("l2") or error² + |error| ("l1+l2")."""
-    error = predictions.float() - truth
+    """Mean over batch and frames of the sum over pixels of error² ("l2") or error² + |error| ("l1+l2").
+
+    A pixel whose truth is NaN adds nothing.
+    """
+    error = torch.where(truth.isnan(), 0.0, predictions.float() - truth)
     pixels = error.square() if kind == "l2" else error.square() + error.abs()
     return pixels.sum((2, 3, 4)).mean()
 
@@ -217,17 +227,113 @@ def frame_loss(predictions, truth, kind):
 def train_step(model, optimizer, frames, mask, config):
     """One optimiser step on one batch; returns the loss, this process's share of it where there are several.
 
+    frames: (B, T, C, H, W), NaN where there are no data: the network reads 0 there. mask: (T-1, B), of scheduled sampling.
     DDP averages gradients over the processes; weighted by its share of the batch, a process's loss adds up to the loss of
     the whole batch whatever the shares are.
     """
     weight = len(frames) / config["batch"]
     with autocast(frames.device, config["precision"]):
-        predictions, extra = model(frames, use_truth=mask, extras="loss")
+        predictions, extra = model(torch.where(frames.isnan(), 0.0, frames), use_truth=mask, extras="loss")
     loss = (frame_loss(predictions, frames[:, 1:], config["loss"]) + extra.get("loss", 0.0)) * weight
     optimizer.zero_grad()
     (loss * processes.count).backward()
     optimizer.step()
     return loss.detach()
+
+
+class Graph:
+    """All that a function launches on CUDA, as one launch. What it returns is one tensor."""
+
+    def __init__(self, work):
+        self.work, self.graph, self.stream = work, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def run(self):
+        """Call the function, on the stream on which it will be recorded."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.work()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def record(self):
+        """Nothing is computed. A call that has to wait for the device, or to choose by its values, raises RuntimeError."""
+        with torch.cuda.stream(self.stream), torch.cuda.graph(self.graph, stream=self.stream):
+            self.result = self.work()
+
+    def replay(self):
+        """Launch what was recorded: it reads and writes where the recorded call did."""
+        self.graph.replay()
+        return self.result.clone()
+
+
+class Step:
+    """One optimiser step on one batch or, with `reverse`, two: the same clips played backwards are as good a film.
+
+    Called with frames, mask (both as for `train_step`, of the same shape every time) and the learning rate; returns the
+    loss, on the device: nothing waits. A step is thousands of small kernels, and launching them takes longer than running
+    them, so on CUDA the third call is recorded as one graph, which those after it replay. The first two, ordinary steps of
+    the run like it, leave ready what recording cannot make: cuDNN's choice of algorithms, the optimiser's state.
+
+    graph: whether to (the run's setting). Not over several processes.
+    """
+
+    def __init__(self, model, config, device, graph=None):
+        self.config, self.graph, self.eager_calls = config, None, math.inf
+        self.optimizer = make_optimizer(model, config)
+        self.model = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.count > 1 else model
+        if device.type == "cuda" and (config.get("graph", True) if graph is None else graph):
+            if processes.count == 1:
+                self.eager_calls = 2
+            else:
+                processes.say("no CUDA graph: it is for a process alone; every step is launched kernel by kernel")
+
+    def load(self, state):
+        """Go on from an optimiser's state_dict, of any device: its moments and counts; the settings stay this device's own."""
+        self.optimizer.load_state_dict(state | dict(param_groups=self.optimizer.state_dict()["param_groups"]))
+        self.graph = None                       # it knows the state that is replaced
+
+    def __call__(self, frames, mask, lr):
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], torch.Tensor) else lr
+        if self.graph:
+            self.frames.copy_(frames)
+            self.mask.copy_(mask)
+            return self.graph.replay()
+        self.frames, self.mask = frames, mask
+        if not self.eager_calls:
+            return self.record()
+        self.eager_calls -= 1
+        return self.eager()
+
+    def eager(self):
+        loss = train_step(self.model, self.optimizer, self.frames, self.mask, self.config)
+        if self.config["reverse"]:
+            loss = (loss + train_step(self.model, self.optimizer, self.frames.flip(1), self.mask, self.config)) / 2
+        return loss
+
+    def record(self):
+        """Take the step eagerly and, from the same state, by a graph. The graph stays only if both end alike."""
+        weights = [p.detach() for p in self.model.parameters()]
+        state = weights + [v for of_one in self.optimizer.state.values() for v in of_one.values()]
+        before, graph = [v.clone() for v in state], Graph(self.eager)
+        self.frames, self.mask = self.frames.clone(), self.mask.clone()        # where the graph will read
+        loss, after = graph.run(), [v.clone() for v in state]
+        try:
+            torch._foreach_copy_(state, before)
+            graph.record()
+            replayed = graph.replay()
+            step, apart = (math.sqrt(sum((a - b).double().square().sum() for a, b in zip(after, other[:len(weights)])))
+                           for other in (before, weights))
+            if torch.allclose(replayed, loss, rtol=1e-3) and apart <= 0.1 * step:
+                self.graph = graph
+                return loss
+            problem = f"its first replay ends {apart / step:.0%} of a step away, with loss {replayed:.6g} for {loss:.6g}"
+        except RuntimeError as error:           # out of memory is one
+            problem = str(error).partition("\n")[0]
+        torch._foreach_copy_(state, after)
+        self.eager_calls = math.inf
+        processes.say(f"no CUDA graph: {problem}; every step is launched kernel by kernel")
+        return loss
 
 
 class Progress:
@@ -265,18 +371,18 @@ def train(config, clips, device, folder, stop, checkpoint=None):
     Returns the model and its validations, [[iteration, MSE], …].
     """
     model = build(config).to(device)
-    optimizer = make_optimizer(model, config)
     losses = torch.zeros(config["log_every"], device=device)      # of the iterations since the last line of the log
     iteration, logged, seconds, validation = 0, 0, 0.0, []
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
         iteration, logged, seconds, validation = (checkpoint[n] for n in ("iteration", "logged", "seconds", "validation"))
         if processes.first:
             losses += checkpoint["losses"].to(device)
     elif config["init"]:
         load_weights(model, config, config["init"])
-    parallel = DistributedDataParallel(model) if processes.count > 1 else model
+    step = Step(model, config, device)
+    if checkpoint:
+        step.load(checkpoint["optimizer"])
     log = Log(folder, iteration)
     progress, begun = Progress(config, iteration), time.monotonic() - seconds
     share = processes.share(config["batch"])
@@ -300,7 +406,7 @@ def train(config, clips, device, folder, stop, checkpoint=None):
         if processes.first:
             save_checkpoint(path, dict(
                 config=config, iteration=iteration, logged=logged, seconds=time.monotonic() - begun, validation=validation,
-                losses=window, model=model.state_dict(), optimizer=optimizer.state_dict()))
+                losses=window, model=model.state_dict(), optimizer=step.optimizer.state_dict()))
 
     try:
         while True:
@@ -328,12 +434,7 @@ def train(config, clips, device, folder, stop, checkpoint=None):
             frames = clips.train(config["seed"], iteration, config["batch"], share, device)
             mask, epsilon = sampling_mask(model, config, iteration, device)
             lr = learning_rate(config, iteration)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss = train_step(parallel, optimizer, frames, mask, config)
-            if config["reverse"]:   # the same clips played backwards are as good a film
-                loss = (loss + train_step(parallel, optimizer, frames.flip(1), mask, config)) / 2
-            losses[iteration % config["log_every"]] = loss
+            losses[iteration % config["log_every"]] = step(frames, mask, lr)
             iteration += 1
             progress.step()
             if iteration % config["log_every"] == 0 or iteration == config["iterations"]:
