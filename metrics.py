@@ -9,7 +9,8 @@ Frames are tensors (B, T, C, H, W) with values in [0, 1], scored where they lie 
     sums = unit_errors(pred_mm, truth_mm, mask)     # likewise
     summary |= unit_summary(sums)                   # {"rmse": {"mean": …, "frames": […]}, …}
     print(table({"forecast": summary, …}))
-    svg = curve_panels_svg(score_panels({"ConvLSTM": summary}))
+    svg = score_curves({"ConvLSTM": summary})       # training_curves likewise
+    picture = png(film_sheet([Film("", 10, frames, {"": forecast})]))   # layer_sheet, map_sheets: what a model holds
 
 One rule for what has no data (mask False): it has no score, and means are over what has. Nothing here waits for the
 device before a summary is made: what only values tell, such as NaN or a truth beyond [0, 1], travels with the scores.
@@ -18,6 +19,7 @@ device before a summary is made: what only values tell, such as NaN or a truth b
 import math
 import struct
 import textwrap
+import unicodedata
 import zlib
 from html import escape
 from typing import NamedTuple
@@ -41,9 +43,8 @@ def name_of(metric, unit=None):
     kind, _, rest = metric.partition("_")
     if kind in ("csi", "hss"):
         return f"{kind.upper()} {rest}", f"{kind.upper()} at {rest} {unit or ''}".strip()
-    if kind == "rmse" or metric.startswith("mae_units"):
-        name = kind.upper() + metric.removeprefix("mae_units").removeprefix("rmse").replace("_", " ")
-        return (f"{name}, {unit}", f"{name} ({unit})") if unit else (name, name)
+    if metric in ("rmse", "mae_units"):
+        return f"{kind.upper()}, {unit or 'own unit'}", f"{kind.upper()} ({unit or 'own unit'})"
     return NAMES[metric]
 
 
@@ -296,28 +297,36 @@ def unit_summary(sums):
 
 # ---- The table -------------------------------------------------------------------------------------------------------
 
-def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim")):
+READING = ("Lower is better for MSE, MAE and RMSE, higher for PSNR, SSIM, CSI and HSS; the repeated last frame is what a "
+           "forecast must beat.")
+
+
+def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim"), unit=None, precision=None):
     """The text table at the end of a run, at most 100 columns wide.
 
-    results: summaries (of summarize, with csi_hss merged in for rain) under "forecast" and, where there are any,
-    "all_predictions", "repeat_last" and "black". Forecast and repeated last frame stand side by side, frame by frame,
-    with their means; below them the means of the others, and of `published`: dicts with "source" and some metrics.
-    metrics: what the first block shows, four at most; CSI and HSS follow in blocks of their own where there are any.
+    results: summaries (of summarize, with unit_summary and csi_hss merged in where the data have a unit) under
+    "forecast" and, where there are any, "all_predictions", "repeat_last" and "black". Forecast and repeated last frame
+    stand side by side, frame by frame, with their means; below them the means of the others, and of `published`: dicts
+    with "source" and some metrics. metrics: what the first block shows, four at most; errors in the data's unit, CSI and
+    HSS follow in blocks of their own where there are any. precision: of the run, said beside published figures.
     """
     forecast = results["forecast"]
-    blocks = [[m for m in metrics if m in forecast]]
+    blocks = [[m for m in metrics if m in forecast], [m for m in ("rmse", "mae_units") if m in forecast]]
     blocks += [[m for m in forecast if m.startswith(score)] for score in ("csi_", "hss_")]
-    text = "\n\n".join(_block(results, published, block) for block in blocks if block)
-    exact = {name: summary["psnr"]["exact"] for name, summary in results.items() if "psnr" in summary}
-    if "psnr" in metrics and any(exact.values()):
-        counts = ", ".join(f"{n} ({name.replace('_', ' ')})" for name, n in exact.items() if n)
-        text += f"\nPSNR leaves out exact frames: {counts}"
+    notes = []
+    for key, text in (("left_out", "frames without data are left out"), ("exact", "PSNR leaves out exact frames")):
+        counts = {name: summary[m].get(key) for name, summary in results.items() for m in ("mse", "psnr") if m in summary}
+        if any(counts.values()):
+            notes.append(f"{text}: " + ", ".join(f"{n} ({name.replace('_', ' ')})" for name, n in counts.items() if n))
     if {"psnr_float", "ssim_gaussian"} & set(metrics):
-        text += "\n* on floats, SSIM with a Gaussian window: as MS-LSTM scores"
-    return text
+        notes.append("* on floats, SSIM with a Gaussian window: as MS-LSTM scores")
+    if published and precision:
+        notes.append(f"the papers' figures are of fp32 runs, this run computed in {precision}")
+    return "\n".join(["\n\n".join(_block(results, published, block, unit) for block in blocks if block), *notes,
+                      *textwrap.wrap(READING, 100)])
 
 
-def _block(results, published, metrics):
+def _block(results, published, metrics, unit):
     """One block of the table: these metrics of the forecast on the left, of the repeated last frame on the right."""
     forecast, repeat = results["forecast"], results.get("repeat_last")
     sides = [forecast, repeat] if repeat else [forecast]
@@ -327,7 +336,7 @@ def _block(results, published, metrics):
         values = [(pick(summary[m]), digits[m]) for summary in summaries for m in metrics]
         return ["–" if value is None else f"{value:.{places}f}" for value, places in values]
 
-    rows = [["frame"] + [name_of(m)[0] for m in metrics] * len(sides)]
+    rows = [["frame"] + [name_of(m, unit)[0] for m in metrics] * len(sides)]
     for k in range(len(forecast[metrics[0]]["frames"])):
         rows.append([str(k + 1)] + cells(sides, lambda entry: entry["frames"][k]))
     rule = len(rows)
@@ -367,14 +376,21 @@ PANEL = (400, 260)  # width and height of a panel with its labels
 PLOT = (64, 34, 384, 214)  # left, top, right, bottom of its axes
 
 
-def score_panels(summaries, metrics=("mse", "mae", "psnr", "ssim"), xlabel="forecast frame", unit=None):
-    """Panels for curve_panels_svg, one a metric: frame-wise scores of several runs, {label: summary}."""
-    panels = []
-    for metric in metrics:
-        curves = {label: summary[metric]["frames"] for label, summary in summaries.items() if metric in summary}
-        name, ylabel = name_of(metric, unit)
-        panels.append({"curves": curves, "title": name, "xlabel": xlabel, "ylabel": ylabel})
-    return panels
+def score_curves(summaries, title="", unit=None, metrics=("mse", "mae", "psnr", "ssim")):
+    """Frame-wise scores of several forecasts, {label: summary}, as SVG: `metrics`, and what the data's unit adds."""
+    found = dict.fromkeys(m for summary in summaries.values() for m in summary)
+    names = [m for m in metrics if m in found] + [m for m in found if m in ("rmse", "mae_units") or m[:4] in ("csi_", "hss_")]
+    return curve_panels_svg([
+        dict(curves={label: summary[metric]["frames"] for label, summary in summaries.items() if metric in summary},
+             title=name_of(metric, unit)[0], xlabel="forecast frame", ylabel=name_of(metric, unit)[1])
+        for metric in names], title)
+
+
+def training_curves(curves, title=""):
+    """Values over the iterations as SVG: {name of a panel: (name of the values, [(iteration, value), …])}."""
+    return curve_panels_svg([
+        dict(curves={name: ([k for k, _ in points], [y for _, y in points])}, title=name, xlabel="iteration", ylabel=ylabel,
+             log=all(y > 0 for _, y in points)) for name, (ylabel, points) in curves.items()], title)
 
 
 def curve_panels_svg(panels, title="", columns=2):
@@ -436,7 +452,7 @@ def _panel(panel, styles, x0, y0):
         points = [f"{x_of(x):.2f},{y_of(y):.2f}" for x, y in piece]
         xs, ys = zip(*piece)
         out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}" '
-                   f'points="{" ".join(points)}" data-label="{escape(label)}" '
+                   f'points="{" ".join(points)}" data-label="{escape(_printable(label))}" '
                    f'data-x="{" ".join(repr(float(x)) for x in xs)}" '
                    f'data-values="{" ".join(repr(float(y)) for y in ys)}"/>')
         out += [f'<path d="{marker}" transform="translate({point})" fill="{colour}"/>'
@@ -482,51 +498,43 @@ def _axis(values, start, end, log):
     return ticks, lambda value: start + (scale(value) - a) / (b - a) * (end - start)
 
 
+def _printable(text):
+    """Text that every file takes: control characters and lone surrogates (of names that are not UTF-8) as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _text(x, y, text, anchor="middle", size=11, turn=0):
     rotate = f' transform="rotate({turn} {x:.2f} {y:.2f})"' if turn else ""
-    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}"{rotate}>{escape(text)}</text>'
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}"{rotate}>{escape(_printable(text))}</text>'
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- Pictures: images are uint8 (H, W, 3) ----------------------------------------------------------------------------
 
-def _chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+def png(images, delay_ms=300):
+    """A PNG file of an image (H, W, 3), or of images (T, H, W, 3) an animated one that loops for ever; grey if all are."""
+    chunks, images = [], np.asarray(images)
+    frames = images if images.ndim == 4 else images[None]
+    if (frames == frames[..., :1]).all():
+        frames = frames[..., :1]
+    count, height, width, colours = frames.shape
 
+    def chunk(kind, content):
+        chunks.append(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)))
 
-def _png_header(image):
-    """The signature and IHDR of a uint8 image (H, W), grey, or (H, W, 3), RGB."""
-    height, width = image.shape[:2]
-    colour = 0 if image.ndim == 2 else 2
-    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
-
-
-def _png_pixels(image):
-    """The compressed rows of an image, each behind a zero: "no filter"."""
-    rows = np.ascontiguousarray(image).reshape(len(image), -1)
-    return zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes(), 6)
-
-
-def png_bytes(image):
-    """A PNG file of a uint8 image (H, W), grey, or (H, W, 3), RGB."""
-    return _png_header(image) + _chunk(b"IDAT", _png_pixels(image)) + _chunk(b"IEND", b"")
-
-
-def apng_bytes(images, delay_ms=200):
-    """An animated PNG that loops for ever, from uint8 images (T, H, W), grey, or (T, H, W, 3), RGB."""
-    height, width = images[0].shape[:2]
-    content, number = _png_header(images[0]) + _chunk(b"acTL", struct.pack(">II", len(images), 0)), 0
-    for t, image in enumerate(images):
-        content += _chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, 0, 0, delay_ms, 1000, 0, 0))
-        number += 1
-        if t == 0:
-            content += _chunk(b"IDAT", _png_pixels(image))
-        else:
-            content += _chunk(b"fdAT", struct.pack(">I", number) + _png_pixels(image))
-            number += 1
-    return content + _chunk(b"IEND", b"")
+    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colours - 1, 0, 0, 0))  # colour type 0: grey, 2: RGB
+    if images.ndim == 4:
+        chunk(b"acTL", struct.pack(">II", count, 0))
+    for t, frame in enumerate(frames):
+        if images.ndim == 4:  # numbered together with the data of all frames but the first
+            chunk(b"fcTL", struct.pack(">IIIIIHHBB", max(2 * t - 1, 0), width, height, 0, 0, delay_ms, 1000, 0, 0))
+        rows = np.pad(frame.reshape(height, -1), ((0, 0), (1, 0)))  # a zero before each row: no filter
+        packed = zlib.compress(rows.tobytes(), 6)
+        chunk(*((b"fdAT", struct.pack(">I", 2 * t) + packed) if t else (b"IDAT", packed)))
+    chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-# The printable ASCII characters from the blank on, five columns of seven dots each, the lowest bit at the top.
+# The printable ASCII characters from the blank on, five columns of seven dots each, the lowest bit at the top, and a gap.
 FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
     "000000000000005f00000007000700147f147f14242a7f2a12231308646236495620500000070000001c2241000041221c00"
     "2a1c7f1c2a08083e080800403000000808080808000060600020100804023e5149453e00427f400062514949462241494936"
@@ -538,48 +546,16 @@ FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
     "087e0901020c5252523e7f0804047800447d40002040443d007f1028440000417f40007c041804787c080404783844444438"
     "7c14141408081414147c7c080404084854545424043f4440203c4040207c1c2040201c3c4030403c44281028440c5050503c"
     "4464544c44000836410000007f000000413608000804081008"
-), np.uint8).reshape(95, 5, 1), axis=2, bitorder="little")[:, :, :7].swapaxes(1, 2).astype(bool)  # (95, 7, 5)
+), np.uint8).reshape(95, 5, 1), axis=2, bitorder="little")[:, :, :7].swapaxes(1, 2).astype(bool)
+FONT = np.pad(FONT, ((0, 0), (0, 0), (0, 1)))  # (95, 7, 6)
 
 
-def text_size(text, scale=1):
-    """(height, width) in pixels of a line of text as `draw_text` draws it."""
-    return 7 * scale, max(6 * len(text) - 1, 0) * scale
-
-
-def draw_text(canvas, y, x, text, colour=0, scale=1):
-    """Write a line of ASCII text into a uint8 canvas (H, W) or (H, W, 3), its upper left corner at (y, x).
-
-    colour: a level, or three of them. What does not fit is cut off; other characters come out as "?".
-    """
-    for character in text:
-        index = ord(character) - 32
-        dots = FONT[index if 0 <= index < 95 else ord("?") - 32].repeat(scale, 0).repeat(scale, 1)
-        place = canvas[max(y, 0):max(y + 7 * scale, 0), max(x, 0):max(x + 5 * scale, 0)]
-        dots = dots[max(-y, 0):, max(-x, 0):][:place.shape[0], :place.shape[1]]
-        place[dots] = colour
-        x += 6 * scale
-
-
-def levels(frames):
-    """Frames in [0, 1] as uint8 levels for a picture; clipped, NaN as 0."""
-    frames = torch.as_tensor(frames).detach().float().cpu().nan_to_num(0.0)
-    return (frames.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-
-
-def resize(images, smallest=64, largest=256):
-    """Images (..., H, W) magnified by a whole number until their shorter side has `smallest` pixels, or thinned out
-    until the longer side has at most `largest`."""
-    height, width = images.shape[-2:]
-    step = -(-max(height, width) // largest)
-    images = images[..., ::step, ::step]
-    times = max(1, smallest // min(images.shape[-2:])) if step == 1 else 1
-    return images.repeat(times, -2).repeat(times, -1)
-
-
-def fit(images, size):
-    """Images (..., H, W) as (..., *size), every pixel that of the place it comes from: nothing is smoothed."""
-    rows, columns = (np.arange(new) * old // new for new, old in zip(size, images.shape[-2:]))
-    return images[..., rows[:, None], columns]
+def words(text):
+    """A line of text, black on white: an image 7 high. Letters lose their accents; what the font lacks is escaped."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    text = "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in letters)
+    dots = FONT[np.frombuffer(text.encode(), np.uint8) - 32].swapaxes(0, 1).reshape(7, 6 * len(text), 1)
+    return np.where(dots, 0, 255).astype(np.uint8).repeat(3, 2)
 
 
 def _palette():
@@ -600,49 +576,62 @@ def _palette():
 
 
 PALETTE = _palette()
+GREY = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
 NO_DATA = (150, 160, 170)                                         # a grey that no palette has
 RAIN_CLASSES = (0.1, 0.5, 1, 2, 5, 10)                            # mm/h, the lower bounds of all classes but the first
 RAIN_COLOURS = np.concatenate([[[255, 255, 255]], PALETTE[::-1][np.linspace(8, 255, 6).astype(int)]]).astype(np.uint8)
-RAIN_LEGEND = [(NO_DATA, "no data")] + list(zip(RAIN_COLOURS.tolist(), ["< 0.1 mm/h"] + [
-    f"{low:g} - {high:g}" for low, high in zip(RAIN_CLASSES, RAIN_CLASSES[1:])] + [f">= {RAIN_CLASSES[-1]:g} mm/h"]))
+RAIN_LEGEND = [*zip(RAIN_COLOURS.tolist(), ["< 0.1 mm/h"] + [
+    f"{low:g} - {high:g}" for low, high in zip(RAIN_CLASSES, RAIN_CLASSES[1:])] + [f">= {RAIN_CLASSES[-1]:g} mm/h"])]
 
 
-def heat(values, low, high):
-    """Values (...) in colours of PALETTE, uint8 (..., 3): `low` and less the darkest, `high` and more the lightest.
-
-    Raises ValueError for NaN and infinity, which no colour stands for.
-    """
-    values = torch.as_tensor(values).detach().cpu().double().numpy()
-    if not np.isfinite(values).all():
-        raise ValueError("NaN or infinity among the values to be drawn")
-    share = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    return PALETTE[np.rint(share.clip(0, 1) * 255).astype(int)]
+def paint(values, scale, palette=PALETTE):
+    """Values (...) in the palette's colours, uint8 (..., 3): scale's low and less the first, its high and more the last;
+    NaN as NO_DATA."""
+    low, high = scale
+    share = (values - low) / (high - low) if high > low else 0 * values
+    images = palette[np.rint(255 * np.nan_to_num(share).clip(0, 1)).astype(int)]
+    images[np.isnan(values)] = NO_DATA
+    return images
 
 
-def draw_cross(images, y, x, reach=4):
-    """Mark a pixel of uint8 images (..., H, W, 3) with a white "+" edged in black, its centre left open."""
-    height, width = images.shape[-3:-1]
-    for thick, colour in ((1, 0), (0, 255)):
-        for arm in (*range(-reach - thick, 0), *range(1, reach + thick + 1)):
-            for side in range(-thick, thick + 1):
-                for dy, dx in ((arm, side), (side, arm)):
-                    if (dy or dx) and 0 <= y + dy < height and 0 <= x + dx < width:
-                        images[..., y + dy, x + dx, :] = colour
+def fit(images, size):
+    """Images (..., H, W) as (..., *size), every pixel that of the place it comes from: nothing is smoothed."""
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, images.shape[-2:]))
+    return images[..., rows[:, None], columns]
+
+
+def panel_size(height, width, smallest=64, largest=256):
+    """The size that frames are shown in: magnified by a whole number until the shorter side has `smallest` pixels, or
+    thinned out until the longer side has at most `largest`."""
+    step = -(-max(height, width) // largest)
+    times = max(1, smallest // min(height, width)) if step == 1 else 1
+    return -(-height // step) * times, -(-width // step) * times
+
+
+def marked(images, y, x):
+    """Images (..., H, W, 3) with a white "+" edged in black at a pixel, which itself is left open."""
+    dy, dx = (np.abs(np.arange(-5, 6))[s] for s in ((slice(None), None), (None, slice(None))))
+    near, far = np.minimum(dy, dx), np.maximum(dy, dx)
+    wide = np.pad(images, [(0, 0)] * (images.ndim - 3) + [(5, 5), (5, 5), (0, 0)])
+    spot = wide[..., y:y + 11, x:x + 11, :]
+    spot[..., (near <= 1) & (far > 0), :] = 0
+    spot[..., (near == 0) & (far > 0) & (far < 5), :] = 255
+    return wide[..., 5:-5, 5:-5, :]
 
 
 class Row(NamedTuple):
     """A row of a sheet: panels of one size."""
 
     label: str
-    images: np.ndarray          # uint8 (n, h, w), grey, or (n, h, w, 3), RGB
+    images: np.ndarray          # uint8 (n, h, w, 3)
     scale: tuple = None         # (low, high) of the palette, drawn to the right of the row
-    notes: dict = {}            # {number of a panel: a word written across it}
+    notes: tuple = ()           # of each panel: a word written across it, or ""
 
 
 def _constant(values):
-    """The notes of panels (n, h, w) that show nothing: all of one value, but for rounding."""
-    spread = values.max((1, 2)) - values.min((1, 2))
-    return {k: "constant" for k in np.flatnonzero(spread <= 1e-6 * np.abs(values).max((1, 2)))}
+    """Notes for panels (n, h, w) that show nothing: all of one value, but for rounding."""
+    known = [panel[~np.isnan(panel)] for panel in values]
+    return ["constant" if v.size and np.ptp(v) <= 1e-6 * np.abs(v).max() else "" for v in known]
 
 
 def heat_row(label, values, size):
@@ -651,94 +640,230 @@ def heat_row(label, values, size):
     A constant panel is noted as such. Raises ValueError for NaN and infinity.
     """
     values = torch.as_tensor(values).detach().cpu().double().numpy()
+    if not np.isfinite(values).all():
+        raise ValueError(f"{label}: NaN or infinity among the values to be drawn")
     scale = values.min().item(), values.max().item()
-    return Row(label, heat(fit(values, size), *scale), scale, _constant(values))
+    return Row(label, paint(fit(values, size), scale), scale, _constant(values))
 
 
-def film_rows(label, frames, unit=None, scale=None, shown=None):
-    """Frames (T, C, H, W) as rows of panels, one a channel, numbered where there are several.
+def film_rows(label, frames, unit=None, scale=None):
+    """Frames (T, C, H, W), NaN where there are no data, as rows of panels, one a channel, numbered if there are several.
 
-    unit: None, for grey frames in [0, 1]; "mm/h", for rain, in classes; any other, for a heat map of values in it with
-    its scale (low, high). shown: bool of the shape of frames, False where there are no data, or None.
-    A constant panel is noted as such.
+    unit: None, for grey frames in [0, 1]; "mm/h", for rain, in classes; any other, for a heat map of values in that unit
+    with its scale (low, high). A constant panel is noted as such.
     """
-    values = torch.as_tensor(frames).detach().float().cpu()
-    notes = [_constant(channel) for channel in values.nan_to_num(0).numpy().swapaxes(0, 1)]
-    values = resize(values.numpy())
-    if unit is None:
-        images = levels(values)
-    elif unit == "mm/h":
-        images = RAIN_COLOURS[np.searchsorted(np.float32(RAIN_CLASSES), values, side="right")]
+    values = torch.as_tensor(frames).detach().cpu().float().numpy()
+    panels, count = fit(values, panel_size(*values.shape[2:])), values.shape[1]
+    if unit == "mm/h":
+        images = RAIN_COLOURS[np.searchsorted(np.float32(RAIN_CLASSES), np.nan_to_num(panels), side="right")]
+        images[np.isnan(panels)] = NO_DATA
     else:
-        images = heat(values, *scale)
-    if unit is not None and shown is not None:
-        images[~resize(torch.as_tensor(shown).cpu().numpy())] = NO_DATA
-    names = [label] if len(notes) == 1 else [f"{label} {c + 1}/{len(notes)}" for c in range(len(notes))]
-    bar = None if unit in (None, "mm/h") else scale
-    return [Row(name, images[:, c], bar, notes[c]) for c, name in enumerate(names)]
+        images = paint(panels, scale, PALETTE) if unit else paint(panels, (0, 1), GREY)
+    return [Row(f"{label} {c + 1}/{count}" if count > 1 else label, images[:, c],
+                scale if unit not in (None, "mm/h") else None, _constant(values[:, c])) for c in range(count)]
 
 
-def sheet(rows, title="", legend=(), gap=2):
-    """Rows of panels below each other on white: a uint8 image (H, W) where all panels are grey, else (H, W, 3).
+def _place(canvas, image, down=0.5, across=0.5):
+    """Put an image onto a canvas, in its middle or at another share of the way; what does not fit is cut off."""
+    image = image[:canvas.shape[0], :canvas.shape[1]]
+    y, x = int(down * (canvas.shape[0] - len(image))), int(across * (canvas.shape[1] - image.shape[1]))
+    canvas[y:y + len(image), x:x + image.shape[1]] = image
+    return canvas
+
+
+def _white(height, width):
+    return np.full((height, width, 3), 255, np.uint8)
+
+
+def _join(images, axis, gap=2):
+    """Images below (axis 0) or beside (axis 1) each other on white."""
+    most = max(image.shape[1 - axis] for image in images)
+    sizes = [(gap + n, most) if axis == 0 else (most, gap + n) for n in (image.shape[axis] for image in images)]
+    return np.concatenate([_place(_white(*size), image, 0, 0) for size, image in zip(sizes, images)], axis)
+
+
+def sheet(rows, title="", legend=()):
+    """Rows of panels below each other on white.
 
     rows: of three kinds: a text, which gets a line of its own; a list of texts, each above a column; a `Row`, its label
     to the left. All panels have one width. legend: (colour, text) pairs for the foot of the sheet.
     """
     panels = [row for row in rows if isinstance(row, Row)]
-    width = panels[0].images.shape[2]
-    left = max(text_size(row.label)[1] for row in panels) + 3 * gap
-    right = left + max(len(row.images) for row in panels) * (width + gap)
-    across = max(right, *(text_size(text)[1] + 2 * gap for text in (title, *rows) if isinstance(text, str)))
-    bars = [row for row in panels if row.scale]
-    ends = {id(row): [f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" for value in row.scale] for row in bars}
-    if bars:
-        across = max(across, right + 5 * gap + 8 + max(text_size(end)[1] for both in ends.values() for end in both))
-    across = max(across, sum(text_size(text)[1] + 22 for _, text in legend) + 2 * gap)
-    line = 7 + 3 * gap
-    heights = [row.images.shape[1] + gap if isinstance(row, Row) else line for row in rows]
-    top = line + gap if title else gap
-    down = top + sum(heights) + (line + 3 * gap if legend else 0)
-    grey = not legend and not bars and all(row.images.ndim == 3 for row in panels)
-    canvas = np.full((down, across) if grey else (down, across, 3), 255, np.uint8)
-
-    draw_text(canvas, 2 * gap, gap, title)
-    y = top
-    for row, height in zip(rows, heights):
+    width, left = panels[0].images.shape[2], max(words(row.label).shape[1] for row in panels) + 4
+    lines = []
+    for row in [title, *rows] if title else rows:
         if isinstance(row, str):
-            draw_text(canvas, y + gap, gap, row)
+            line = np.pad(words(row), ((4, 2), (0, 0), (0, 0)), constant_values=255)
         elif isinstance(row, list):
-            for column, text in enumerate(row):
-                draw_text(canvas, y + gap, left + column * (width + gap) + (width - text_size(text)[1]) // 2, text)
+            line = _join([_white(11, left), *(_place(_white(11, width), words(text)) for text in row)], 1)
         else:
-            high = height - gap
-            draw_text(canvas, y + (high - 7) // 2, gap, row.label)
-            for k, image in enumerate(row.images):
-                x = left + k * (width + gap)
-                canvas[y:y + high, x:x + width] = image if grey or image.ndim == 3 else image[..., None]
-                if note := row.notes.get(k):
-                    tall, wide = text_size(note)
-                    ny, nx = y + (high - tall) // 2, x + (width - wide) // 2
-                    canvas[ny - 2:ny + tall + 2, max(nx - 2, x):min(nx + wide + 2, x + width)] = 255
-                    draw_text(canvas, ny, nx, note)
+            high = row.images.shape[1]
+            cells = [_place(_white(high, left), words(row.label), across=0), *row.images]
+            for k, note in enumerate(row.notes, 1):
+                if note:
+                    tag = np.pad(words(note), ((2, 2), (2, 1), (0, 0)), constant_values=255)
+                    cells[k] = _place(cells[k].copy(), tag)
             if row.scale:
-                x = right + 2 * gap
-                canvas[y:y + high, x:x + 8] = PALETTE[np.linspace(255, 0, high).round().astype(int)][:, None]
-                draw_text(canvas, y + gap, x + 8 + gap, ends[id(row)][1])
-                draw_text(canvas, y + high - 7 - gap, x + 8 + gap, ends[id(row)][0])
-        y += height
-    x = gap
-    for colour, text in legend:
-        canvas[y + gap:y + gap + 11, x:x + 11] = 0
-        canvas[y + gap + 1:y + gap + 10, x + 1:x + 10] = colour
-        draw_text(canvas, y + gap + 2, x + 14, text)
-        x += text_size(text)[1] + 22
-    return canvas
+                low, top = (words(f"{v:.0f}" if abs(v) >= 1000 else f"{v:.3g}") for v in row.scale)
+                ends = _white(high, max(low.shape[1], top.shape[1]))
+                bar = PALETTE[np.linspace(255, 0, high).round().astype(int)][:, None].repeat(8, 1)
+                cells += [bar, _place(_place(ends, top, 0, 0), low, 1, 0)]
+            line = _join(cells, 1)
+        lines.append(line)
+    if legend:
+        swatches = [np.pad(np.full((9, 9, 3), colour, np.uint8), ((1, 1), (1, 1), (0, 0))) for colour, _ in legend]
+        texts = [_place(_white(11, words(text).shape[1] + 6), words(text), across=0) for _, text in legend]
+        lines += [_white(4, 1), _join([cell for pair in zip(swatches, texts) for cell in pair], 1)]
+    return np.pad(_join(lines, 0), ((2, 0), (2, 0), (0, 0)), constant_values=255)
 
 
-def film_strip(rows, title=""):
-    """Films below each other, a label to the left of each: a uint8 image (H, W), black on white.
+# ---- Sheets of films, and of what a model holds ------------------------------------------------------------------------
 
-    rows: a list of (label, frames), frames (T, C, H, W) in [0, 1], all of one frame size. Every channel gets a row of
-    its own, numbered where there are several.
+class Film(NamedTuple):
+    """A sequence and forecasts of it, in one unit, NaN where there are no data."""
+
+    caption: str                # a line above it, or ""
+    past: int                   # how many frames were read
+    truth: torch.Tensor         # (T, C, H, W): the frames read and, where they are known, those that followed
+    forecasts: dict             # {label: (horizon, C, H, W)}; a label of "" gets no line
+
+
+def _range(*films):
+    """The least and the greatest value of films."""
+    values = torch.cat([film.flatten() for film in films])
+    values = values[~values.isnan()]
+    return (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
+
+
+def _film_sheet(films, rows, title, unit):
+    legend = RAIN_LEGEND if unit == "mm/h" else []
+    if any(frames.isnan().any() for film in films for frames in (film.truth, *film.forecasts.values())):
+        legend = [(NO_DATA, "no data"), *legend]
+    return sheet(rows, f"{title}, in {unit}" if unit else title, legend)
+
+
+def film_sheet(films, title="", unit=None):
+    """Films below each other: the frames read, what followed, and each forecast with its |error|, under their times.
+
+    unit: as in film_rows. What followed and the errors are left out where a film has no truth for them.
     """
-    return sheet([row for label, frames in rows for row in film_rows(label, frames)], title)
+    rows = []
+    for caption, past, truth, forecasts in films:
+        times = [f"t={t + 1}" for t in range(past + max(map(len, forecasts.values())))]
+        followed, scale = truth[past:], _range(truth, *forecasts.values())
+        rows += [caption] * bool(caption) + [times[:past], *film_rows("input", truth[:past], unit, scale), times[past:]]
+        if len(followed):
+            rows += film_rows("truth", followed, unit, scale)
+        for label, forecast in forecasts.items():
+            rows += [label] * bool(label)
+            if not len(followed):
+                rows += film_rows("forecast", forecast, unit, scale)
+                continue
+            error = (forecast - followed).abs()
+            rows += film_rows("forecast", forecast.where(~followed.isnan(), math.nan), unit, scale)
+            rows += film_rows("|error|", error, unit, (0.0, _range(error)[1]))
+    return _film_sheet(films, rows, title, unit)
+
+
+def film_animation(films, title="", unit=None):
+    """The same in motion, for `png`: truth, forecast and |error| of films of one length, one forecast each, beside each
+    other. Returns images (T, h, w, 3)."""
+    strips, sheets, length = [], [], len(films[0].truth)
+    for film in films:
+        forecast = torch.cat([film.truth[:film.past] * math.nan, *film.forecasts.values()])
+        forecast = forecast.where(~film.truth.isnan(), math.nan)
+        error, scale = (forecast - film.truth).abs(), _range(film.truth, forecast)
+        strips.append([*zip(film_rows("", film.truth, unit, scale), film_rows("", forecast, unit, scale),
+                            film_rows("", error, unit, (0.0, _range(error)[1])))])
+    for t in range(length):
+        reads = t < films[0].past
+        rows = [f"frame {t + 1} of {length}, {'read' if reads else 'forecast'}", ["truth", "forecast", "|error|"]]
+        for film, channels in zip(films, strips):
+            rows.append(film.caption)
+            for trio in channels:
+                images, notes = np.stack([row.images[t] for row in trio]), [row.notes[t] for row in trio]
+                if reads:
+                    images[1:], notes[1:] = 230, ["reading", ""]
+                rows.append(trio[0]._replace(images=images, notes=notes))
+        sheets.append(_film_sheet(films, rows, title, unit))
+    return np.stack(sheets)
+
+
+def ranked(scores):
+    """Sequences to show, by the MSE of their forecast: {"best": (number, MSE), "median": …, "worst": …}.
+
+    scores: frame_scores, (N, T) each. Different sequences, so fewer where there are fewer; none without data. Raises
+    ValueError where a forecast holds NaN, and where no sequence has data.
+    """
+    counts = scores["pixels"] > 0
+    if bad := (counts & scores["mse"].isnan()).any(1).nonzero().flatten().tolist():
+        raise ValueError(f"the forecast of test sequence {bad[0]} holds NaN")
+    mse = torch.where(counts, scores["mse"], 0).sum(1) / counts.sum(1)
+    order = [n for n in mse.argsort(stable=True).tolist() if counts[n].any()]
+    if not order:
+        raise ValueError("no test sequence has data")
+    names = {order[-1]: "worst", order[0]: "best", order[len(order) // 2]: "median"}
+    return {names[n]: (n, mse[n].item()) for n in order if n in names}
+
+
+def query_points(frame):
+    """Two pixels (y, x) of a frame (C, H, W) to query attention at: in its brightest spot and in its emptiest area."""
+    grey, side, points = frame.mean(0, keepdim=True), min(frame.shape[1:]), []
+    for sign, window in ((1, side // 12 | 1), (-1, side // 4 | 1)):
+        means = torch.nn.functional.avg_pool2d(sign * grey, window, 1)[0]
+        y, x = divmod(int(means.argmax()), means.shape[1])
+        points.append((y + window // 2, x + window // 2))
+    return points
+
+
+COLUMNS = 10                        # of a sheet over a model's steps, at the most
+FEATURES = "mean of |x| over channels"
+
+
+def _crossed(row, point, frames):
+    """A row with a pixel (y, x) of the frames (..., H, W) marked in every panel."""
+    at = [(2 * p + 1) * new // (2 * old) for p, new, old in zip(point, row.images.shape[1:3], frames.shape[-2:])]
+    return row._replace(images=marked(row.images, *at))
+
+
+def _reads(reads):
+    """The steps that are shown, evenly spread, and what was read there, under its time."""
+    steps = slice(0, len(reads), -(-len(reads) // COLUMNS))
+    return steps, [f"t={t + 1}" for t in range(len(reads))[steps]], film_rows("reads", reads[steps])
+
+
+def layer_sheet(runs, title=""):
+    """What models hold after each step: mean |x| over the channels of every layer, with one scale a row.
+
+    runs: {label: (reads, extras)}; reads: the frames (S, C, H, W) in [0, 1] that a model read, step by step; extras:
+    {name: one tensor a layer}, of which those (1, S, C, h, w) are drawn, "layers" above all.
+    """
+    rows = [FEATURES]
+    for label, (reads, extras) in runs.items():
+        steps, times, shown = _reads(reads)
+        rows += [label, times, *shown]
+        rows += [heat_row(f"layer {k + 1}" if name == "layers" else name, layer[0, steps].abs().mean(1),
+                          shown[0].images.shape[1:3])
+                 for name, layers in extras.items() for k, layer in enumerate(layers) if layer.ndim == 5]
+    return sheet(rows, title)
+
+
+def map_sheets(reads, extras, names, points, about="", title=""):
+    """Attention and weight maps of the first and the last layer, a sheet for each name and query point: {name: image}.
+
+    reads, extras: as in layer_sheet. "attention" is (1, S, points, n, h, w): n maps of what each of the points (y, x) looks
+    at. Any other with six dimensions is (1, S, n, C, h, w); drawn is the mean of |x| over C. names: {name: n texts}.
+    """
+    sheets = {}
+    for name, layers in ((name, layers) for name, layers in extras.items() if layers[0].ndim == 6):
+        for p, point in enumerate(points if name == "attention" else [None]):
+            steps, times, shown = _reads(reads)
+            maps = {k: layers[k][0, steps] for k in sorted({0, len(layers) - 1})}  # (steps, points or n, n or C, h, w)
+            maps = {k: x[:, p] if point else x.abs().mean(2) for k, x in maps.items()}
+            shown += [heat_row(f"layer {k + 1}: {text}", x[:, n], shown[0].images.shape[1:3]) for k, x in maps.items()
+                      for n, text in enumerate(names.get(name) or [f"{name} {n + 1}" for n in range(x.shape[1])])]
+            what = f"{name}: {FEATURES}"
+            if point:
+                shown, what = [_crossed(row, point, reads) for row in shown], f"{name} of + (y={point[0]}, x={point[1]})"
+            sheets[f"{name}_{p + 1}" if point else name] = sheet([about, what, times, *shown], title)
+    return sheets

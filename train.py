@@ -554,7 +554,8 @@ def finish(model, config, clips, folder, iteration, validation, stop, weights="l
     own = {"psnr": "psnr_float", "ssim": "ssim_gaussian"} if config["setup"] == "fullres" else {}
     published = [{own.get(k, k): v for k, v in row.items()} for row in published_scores(config, clips)]
     print(f"\n{label_of(config, clips, iteration)}, {count} test sequences\n")
-    print(metrics.table(summaries, published, [own.get(m, m) for m in ("mse", "mae", "psnr", "ssim")]))
+    print(metrics.table(summaries, published, [own.get(m, m) for m in ("mse", "mae", "psnr", "ssim")], clips.unit,
+                        config["precision"]))
     print(f"\npictures: {picture}\nresults:  {folder / f'results{suffix}.json'}")
 
 
@@ -580,15 +581,15 @@ def label_of(config, clips, iteration):
 
 @torch.no_grad()
 def write_film_strip(model, config, clips, device, path, iteration, sequences=3):
-    """Input, truth, forecast and |truth - forecast| of the first test sequences."""
-    frames = clips.test(0, min(sequences, clips.test_count), device)
-    known, future = frames[:, :config["frames_in"]], frames[:, config["frames_in"]:]
+    """The first test sequences and their forecasts."""
+    past, stop = config["frames_in"], min(sequences, clips.test_count)
+    frames, mask = clips.test(0, stop, device), clips.test_mask(0, stop, device)
     with autocast(device, config["precision"]):
-        forecast = model(known, horizon=future.shape[1])[:, -future.shape[1]:].float().clamp(0, 1)
-    rows = []
-    for one in zip(known.cpu(), future.cpu(), forecast.cpu(), (future - forecast).abs().cpu()):
-        rows += zip(("input", "truth", "forecast", "|error|"), one)
-    data.write_whole(path, metrics.png_bytes(metrics.film_strip(rows, label_of(config, clips, iteration))))
+        forecasts = model(frames[:, :past], horizon=clips.test_horizon)[:, -clips.test_horizon:].float().clamp(0, 1)
+    truth = frames if mask is None else frames.where(mask, math.nan)
+    films = [metrics.Film(f"test sequence {k}", past, one.cpu(), {"": forecast.cpu()})
+             for k, (one, forecast) in enumerate(zip(truth, forecasts))]
+    data.write_whole(path, metrics.png(metrics.film_sheet(films, label_of(config, clips, iteration))))
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -793,7 +794,8 @@ def command_predict(args):
     data.write_whole(path, lambda file: np.save(file, array))
     known, future = films.frames(0, 1)[0], forecast[0].clamp(0, 1)
     title = f"{config['model']} {config['variant']} {config['setup']}, {Path(args.data).name}, iteration {checkpoint['iteration']}"
-    data.write_whole(path.with_suffix(".png"), metrics.png_bytes(metrics.film_strip([("input", known), ("forecast", future)], title)))
+    data.write_whole(path.with_suffix(".png"), metrics.png(metrics.film_sheet(
+        [metrics.Film("", len(known), known.cpu(), {"": future})], title)))
     print(f"{path}: {array.dtype} {array.shape}, {horizon} frames beyond the end of {films.count} film(s)\n"
           f"{path.with_suffix('.png')}: the first of them")
 
@@ -854,17 +856,8 @@ def cost(module, setup, variant, channels, side, frames):
 
 # ------------------------------------------------------------------------------------------------------------ figures
 
-COLUMNS = 10                        # of a figure over time, at the most
-
-
 class Figures:
-    """A trained run and what is drawn from it.
-
-    Of a model's inside only the convention of `extras` is known. An entry is a tensor, or a list with one a layer.
-    "attention" is (B, steps, points, n, h, w): n maps of what each query point looks at. Any other is
-    (B, steps, C, h, w), or n such features, (B, steps, n, C, h, w); drawn is the mean of |x| over C.
-    `model.map_names[entry]` names the n.
-    """
+    """A trained run, its results, and its forecasts of single test sequences."""
 
     def __init__(self, args, run):
         self.folder, weights, self.config, self.model, self.device, checkpoint = trained(args, run)
@@ -873,138 +866,58 @@ class Figures:
         self.label = label_of(self.config, self.clips, self.iteration)
         self.place = self.folder / ("figures" if weights == "last" else f"figures-{weights}")
         suffix = which_evaluation(args, self.config, self.clips, weights)
-        self.count, results = self.config["eval_sequences"], self.folder / f"results{suffix}.json"
-        self.results = read_results(results)
+        path = self.folder / f"results{suffix}.json"
+        self.results = read_results(path)
         if self.results is None or self.results["iteration"] != self.iteration:
             with Stop() as stop:
                 finish(self.model, self.config, self.clips, self.folder, self.iteration, self.validation, stop, weights,
                        suffix)
-            self.results = read_results(results)
-
-    def write(self, pictures):
-        self.place.mkdir(exist_ok=True)
-        for name, content in pictures.items():
-            print(data.write_whole(self.place / name, content))
+            self.results = read_results(path)
 
     def ranked(self):
         """{"best": (number of a test sequence, its forecast's MSE), "median": …, "worst": …}"""
         with Stop() as stop:
-            mse = torch.cat([metrics.frame_scores(*batch["forecast"])["mse"].mean(1).cpu() for batch in score_batches(
+            scores = [metrics.frame_scores(*batch["forecast"]) for batch in score_batches(
                 self.model, self.config, lambda *rows: (self.clips.test(*rows), self.clips.test_mask(*rows)),
-                self.count, self.device, stop)])
-        if not mse.isfinite().all():
-            raise ValueError(f"its forecast of test sequence {mse.isfinite().tolist().index(False)} holds NaN")
-        order = mse.argsort(stable=True).tolist()
-        chosen = dict(best=order[0], median=order[len(order) // 2], worst=order[-1])
-        return {name: (number, mse[number].item()) for name, number in chosen.items()}
+                self.results["sequences"], self.device, stop)]
+        return metrics.ranked({name: torch.cat([batch[name] for batch in scores]).cpu() for name in scores[0]})
 
     @torch.no_grad()
     def forecast(self, number, extras="loss"):
-        """A test sequence (T, C, H, W), all predictions of it (T-1, C, H, W), clipped, and the model's extras."""
-        frames = self.clips.test(number, number + 1, self.device)
+        """A test sequence and its forecast, in the data's unit; all frames that the model read; its extras."""
+        past, frames = self.clips.frames_in, self.clips.test(number, number + 1, self.device)
         with autocast(self.device, self.config["precision"]):
-            predictions, found = self.model(frames[:, :self.clips.frames_in], horizon=self.clips.test_horizon,
-                                            extras=extras)
-        extras = {entry: [layer.float().cpu() for layer in (layers if isinstance(layers, list) else [layers])]
-                  for entry, layers in found.items() if entry != "loss"}
-        return frames[0].cpu(), predictions[0].float().clamp(0, 1).cpu(), extras
+            predictions, found = self.model(frames[:, :past], horizon=self.clips.test_horizon, extras=extras)
+        extras = {name: [layer.float().cpu() for layer in (layers if isinstance(layers, list) else [layers])]
+                  for name, layers in found.items() if name != "loss"}
+        predictions = predictions.float().clamp(0, 1)
+        reads = torch.cat([frames[0, :past], predictions[0, past - 1:-1]]).cpu()
+        truth, forecast = (in_units(self.clips, film) for film in (frames, predictions[:, past - 1:]))
+        if (mask := self.clips.test_mask(number, number + 1, self.device)) is not None:
+            truth = truth.where(mask, math.nan)
+        return truth[0].cpu(), forecast[0].cpu(), reads, extras
 
-    def films(self, ranked):
-        """Input, truth, forecast and their difference of the ranked test sequences, and the same in motion."""
-        past, unit, rows, moving = self.clips.frames_in, self.clips.unit, [], []
-        text, legend = unit_text(self.clips)
-        title = self.label + text
+    def pictures(self, ranked):
+        """Every picture of this run alone: {name of a file: its content}."""
+        films, past, unit, median = [], self.clips.frames_in, self.clips.unit, ranked["median"][0]
         for name, (number, mse) in ranked.items():
-            frames, predictions, _ = self.forecast(number)
-            shown = shown_of(self.clips, number)
-            frames, forecast = in_units(self.clips, frames), in_units(self.clips, predictions[past - 1:])
-            error, scale = (forecast - frames[past:]).abs(), range_of(frames, forecast)
-            rows += [f"{name} of {self.count}: test sequence {number}, MSE {mse:.4g}",
-                     *metrics.film_rows("input", frames[:past], unit, scale, shown[:past]),
-                     *metrics.film_rows("truth", frames[past:], unit, scale, shown[past:]),
-                     *metrics.film_rows("forecast", forecast, unit, scale, shown[past:]),
-                     *metrics.film_rows("|difference|", error, unit, (0.0, error.max().item()), shown[past:])]
-            nothing = torch.zeros_like(frames[:past])
-            moving += zip(*(metrics.film_rows(name, film, unit, scale, shown) for film in (
-                frames, torch.cat([nothing, forecast]), torch.cat([nothing, error]))))
-        pictures = []
-        for t in range(len(frames)):
-            lines = [f"frame {t + 1} of {len(frames)}, {'read' if t < past else 'forecast'}",
-                     ["truth", "forecast", "|difference|"]]
-            for trio in moving:                                   # rows over all frames: truth, forecast, difference
-                images = np.stack([row.images[t] for row in trio])
-                notes = {k: row.notes[t] for k, row in enumerate(trio) if t in row.notes}
-                if t < past:
-                    images[1:], notes = 200, {1: "reading"}
-                lines.append(trio[0]._replace(images=images, notes=notes))
-            pictures.append(metrics.sheet(lines, title, legend))
-        return {"films.png": metrics.png_bytes(metrics.sheet(rows, title, legend)),
-                "films_animated.png": metrics.apng_bytes(pictures, 300)}
-
-    def curves(self):
-        """Frame-wise scores; the loss and the validation's MSE over the iterations."""
-        log = self.folder / "log.csv"
-        loss = [(int(row[0]), float(row[1])) for row in read_log(log)] if log.exists() else []
-        panels = []
-        for points, title, ylabel in ((loss, "training", f"{self.config['loss']} loss (sum over a frame)"),
-                                      (self.validation, "validation", "MSE of the forecast (sum over a frame)")):
-            xs, ys = ([point[axis] for point in points if point[0] <= self.iteration] for axis in (0, 1))
-            panels.append(dict(curves={title: (xs, ys)}, title=title, xlabel="iteration", ylabel=ylabel,
-                               log=all(y > 0 for y in ys)))
-        return {"curves.svg": score_curves([self]),
-                "training.svg": metrics.curve_panels_svg(panels, self.label).encode()}
-
-    def inside(self, number):
-        """What the model holds and looks at while it forecasts one test sequence."""
-        points = query_points(self.clips.test(number, number + 1)[0, self.clips.frames_in - 1])
-        frames, predictions, extras = self.forecast(number, points)
-        about = (f"test sequence {number}; up to t={self.clips.frames_in} it reads true frames, then its own forecasts; "
-                 f"a scale for each row")
-        reads, names = self.read_rows(frames, predictions), getattr(self.model, "map_names", {})
-        size = reads[-1].images.shape[1:3]
-        sheets = {"layers.png": [about, FEATURES, *reads, *self.feature_rows(extras, size)]}
-        for entry, layers in extras.items():
-            if layers[0].ndim != 6:
-                continue
-            for p, point in enumerate(points if entry == "attention" else [None]):
-                what = f"{entry} of + (y={point[0]}, x={point[1]})" if point else f"{entry}: {FEATURES}"
-                rows = [about, what, *self.read_rows(frames, predictions, point)]
-                for k in sorted({0, len(layers) - 1}):
-                    maps = layers[k][0, self.steps]               # (steps, points, n, h, w) or (steps, n, C, h, w)
-                    maps = maps[:, p] if point else maps.abs().mean(2)
-                    for n, name in enumerate(names.get(entry) or [f"{entry} {n + 1}" for n in range(maps.shape[1])]):
-                        row = metrics.heat_row(f"layer {k + 1}: {name}", maps[:, n], size)
-                        if point:
-                            metrics.draw_cross(row.images, *panel_pixel(point, frames, size))
-                        rows.append(row)
-                sheets[f"{entry}_{p + 1}.png" if point else f"{entry}.png"] = rows
-        return {name: metrics.png_bytes(metrics.sheet(rows, self.label)) for name, rows in sheets.items()}
-
-    @property
-    def steps(self):
-        """The steps that are shown, evenly spread."""
-        total = self.clips.frames_in - 1 + self.clips.test_horizon
-        return slice(0, total, -(-total // COLUMNS))
-
-    def read_rows(self, frames, predictions, point=None):
-        """The frames that the model reads at the steps shown, under their times; with a query point, marked."""
-        past = self.clips.frames_in
-        read = torch.cat([frames[:past], predictions[past - 1:-1]])
-        rows = metrics.film_rows("reads", read[self.steps])
-        rows = [row._replace(images=row.images[..., None].repeat(3, -1)) for row in rows]         # in RGB, as the mark
-        if point:
-            for row in rows:
-                metrics.draw_cross(row.images, *panel_pixel(point, frames, row.images.shape[1:3]))
-        return [[f"t={t + 1}" for t in range(len(read))[self.steps]], *rows]
-
-    def feature_rows(self, extras, size):
-        """What comes once a step, the layers' outputs above all."""
-        return [metrics.heat_row(f"layer {k + 1}" if entry == "layers" else entry,
-                              layer[0, self.steps].abs().mean(1), size)
-                for entry, layers in extras.items() for k, layer in enumerate(layers) if layer.ndim == 5]
-
-
-FEATURES = "mean of |x| over channels"
+            truth, forecast, _, _ = self.forecast(number)
+            caption = f"{name} of {self.results['sequences']}: test sequence {number}, MSE {mse:.4g}"
+            films.append(metrics.Film(caption, past, truth, {"": forecast}))
+        loss = [(int(row[0]), float(row[1])) for row in read_log(self.folder / "log.csv")]
+        training = {"training": (f"{self.config['loss']} loss (sum over a frame)", loss),
+                    "validation": ("MSE of the forecast (sum over a frame)", self.validation)}
+        training = {name: (ylabel, [point for point in points if point[0] <= self.iteration])
+                    for name, (ylabel, points) in training.items()}
+        points = metrics.query_points(self.clips.test(median, median + 1)[0, past - 1])
+        _, _, reads, extras = self.forecast(median, points)
+        about = (f"test sequence {median}; up to t={past} it reads true frames, then its own forecasts; a scale for each row")
+        images = {"films": metrics.film_sheet(films, self.label, unit),
+                  "films_animated": metrics.film_animation(films, self.label, unit),
+                  "layers": metrics.layer_sheet({about: (reads, extras)}, self.label),
+                  **metrics.map_sheets(reads, extras, getattr(self.model, "map_names", {}), points, about, self.label)}
+        return {"curves.svg": score_curves([self]), "training.svg": metrics.training_curves(training, self.label).encode(),
+                **{f"{name}.png": metrics.png(image) for name, image in images.items()}}
 
 
 def read_results(path):
@@ -1019,49 +932,8 @@ def read_results(path):
         raise UserError(f"{path} is damaged: delete it to have the run evaluated again") from None
 
 
-def query_points(frame):
-    """Two pixels (y, x) of a frame (C, H, W) to query attention at: in its brightest spot and in its emptiest area."""
-    grey, side, points = frame.mean(0, keepdim=True), min(frame.shape[1:]), []
-    for sign, window in ((1, side // 12 | 1), (-1, side // 4 | 1)):
-        means = torch.nn.functional.avg_pool2d(sign * grey, window, 1)[0]
-        y, x = divmod(int(means.argmax()), means.shape[1])
-        points.append((y + window // 2, x + window // 2))
-    return points
-
-
-def panel_pixel(point, frames, size):
-    """Where a pixel (y, x) of the frames lies in a panel of that size."""
-    return [(2 * at + 1) * new // (2 * old) for at, new, old in zip(point, size, frames.shape[-2:])]
-
-
-def unit_text(clips):
-    """What a title says of the data's unit, and the legend at the foot."""
-    return f", in {clips.unit}" if clips.unit else "", metrics.RAIN_LEGEND if clips.unit == "mm/h" else ()
-
-
 def in_units(clips, frames):
     return clips.to_units(frames).float() if clips.unit else frames
-
-
-def range_of(*films):
-    """The least and the greatest value of films."""
-    return min(film.min().item() for film in films), max(film.max().item() for film in films)
-
-
-def shown_of(clips, number):
-    """Where a test sequence has data, bool (T, C, H, W)."""
-    mask = clips.test_mask(number, number + 1)
-    return torch.ones_like(clips.test(number, number + 1)[0], dtype=torch.bool) if mask is None else mask[0]
-
-
-def score_curves(runs):
-    """Frame-wise scores of runs, and of the last frame repeated, as SVG."""
-    results = runs[0].results
-    summaries = dict(zip(labels_of(runs), (run.results["forecast"] for run in runs)))
-    rain = [name for name in results["forecast"] if name.startswith(("csi_", "hss_"))]
-    panels = metrics.score_panels(summaries | {"last frame repeated": results["repeat_last"]},
-                                  ["mse", "mae", "psnr", "ssim", *rain], unit=results["unit"])
-    return metrics.curve_panels_svg(panels, f"{results['data']}, {results['sequences']} test sequences").encode()
 
 
 def labels_of(runs):
@@ -1070,25 +942,21 @@ def labels_of(runs):
     return labels if len(set(labels)) == len(runs) else [f"{run.folder.name}: {run.label}" for run in runs]
 
 
+def score_curves(runs):
+    results = runs[0].results
+    summaries = dict(zip(labels_of(runs), (run.results["forecast"] for run in runs)))
+    return metrics.score_curves(summaries | {"last frame repeated": results["repeat_last"]},
+                                f"{results['data']}, {results['sequences']} test sequences", results["unit"]).encode()
+
+
 def compare(runs, number):
     """Several runs side by side: their scores, and their forecasts and layers on one test sequence."""
-    clips, past, shown = runs[0].clips, runs[0].clips.frames_in, shown_of(runs[0].clips, number)
-    found = [run.forecast(number, True) for run in runs]
-    frames = in_units(clips, found[0][0])
-    forecasts = [in_units(clips, predictions[past - 1:]) for _, predictions, _ in found]
-    scale = range_of(frames, *forecasts)
-    films = [*metrics.film_rows("input", frames[:past], clips.unit, scale, shown[:past]),
-             *metrics.film_rows("truth", frames[past:], clips.unit, scale, shown[past:])]
-    layers = [FEATURES]
-    for run, label, forecast, (sequence, predictions, extras) in zip(runs, labels_of(runs), forecasts, found):
-        films += [label, *metrics.film_rows("forecast", forecast, clips.unit, scale, shown[past:])]
-        reads = run.read_rows(sequence, predictions)
-        layers += [label, *reads, *run.feature_rows(extras, reads[-1].images.shape[1:3])]
-    title = f"{clips.name}, test sequence {number}"
-    unit, legend = unit_text(clips)
+    clips, labels, found = runs[0].clips, labels_of(runs), [run.forecast(number, True) for run in runs]
+    film = metrics.Film("", clips.frames_in, found[0][0], {label: one[1] for label, one in zip(labels, found)})
+    title, layers = f"{clips.name}, test sequence {number}", {label: one[2:] for label, one in zip(labels, found)}
     return {"comparison.svg": score_curves(runs),
-            "comparison.png": metrics.png_bytes(metrics.sheet(films, title + unit, legend)),
-            "comparison_layers.png": metrics.png_bytes(metrics.sheet(layers, title))}
+            "comparison.png": metrics.png(metrics.film_sheet([film], title, clips.unit)),
+            "comparison_layers.png": metrics.png(metrics.layer_sheet(layers, title))}
 
 
 def command_figures(args):
@@ -1112,13 +980,15 @@ def command_figures(args):
         try:
             ranked = run.ranked()
             medians.append(ranked["median"][0])
-            drawn.append(run.films(ranked) | run.curves() | run.inside(medians[-1]))
+            drawn.append(run.pictures(ranked))
         except (ValueError, LookupError) as error:                # NaN, or a foreign results.json or log.csv
             raise RunError(f"{run.folder} cannot be drawn: {error}") from None
     if others:
         drawn[0] |= compare(runs, medians[0])
     for run, pictures in zip(runs, drawn):
-        run.write(pictures)
+        run.place.mkdir(exist_ok=True)
+        for name, content in pictures.items():
+            print(data.write_whole(run.place / name, content))
 
 
 # -------------------------------------------------------------------------------------------------------------- bench

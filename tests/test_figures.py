@@ -1,6 +1,7 @@
 """`--figures`: the pictures and curves that a run leaves behind, opened and looked into."""
 
 import json
+import math
 import struct
 import xml.etree.ElementTree as ElementTree
 import zlib
@@ -50,12 +51,12 @@ def chunks(content):
 
 
 def pixels(header, packed):
+    """An image in RGB, whether the file is grey or not."""
     width, height, depth, colour, *rest = struct.unpack(">IIBBBBB", header)
     assert depth == 8 and rest == [0, 0, 0]
-    shape = (height, width) if colour == 0 else (height, width, 3)
     rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, -1)
     assert (rows[:, 0] == 0).all()
-    return rows[:, 1:].reshape(shape)
+    return rows[:, 1:].reshape(height, width, -1) + np.zeros(3, np.uint8)
 
 
 def decoded(path):
@@ -66,22 +67,22 @@ def decoded(path):
 
 def places(image, picture):
     """Where in an image a smaller one stands, pixel by pixel: [(y, x), …]."""
-    if image.ndim > picture.ndim:
-        picture = np.repeat(picture[..., None], 3, -1)
     (height, width), spots = picture.shape[:2], np.argwhere(np.ones(np.subtract(image.shape[:2], picture.shape[:2]) + 1))
     for y, x in np.ndindex(height, width):
         if not len(spots):
             break
-        same = image[spots[:, 0] + y, spots[:, 1] + x] == picture[y, x]
-        spots = spots[same if same.ndim == 1 else same.all(1)]
+        spots = spots[(image[spots[:, 0] + y, spots[:, 1] + x] == picture[y, x]).all(1)]
     return [tuple(spot) for spot in spots.tolist()]
 
 
 def says(image, text):
     """Where a text stands in an image."""
-    written = np.full(metrics.text_size(text), 255, np.uint8)
-    metrics.draw_text(written, 0, 0, text)
-    return places(image, written)
+    return places(image, metrics.words(text)[:, :-1])
+
+
+def grey(frame):
+    """A frame (H, W) in [0, 1] as it is drawn."""
+    return metrics.paint(np.asarray(frame), (0, 1), metrics.GREY)
 
 
 def curves(path):
@@ -99,18 +100,19 @@ def curves(path):
 
 # ----------------------------------------------------------------------------------------------------------- primitives
 
-@pytest.mark.parametrize("shape", [(5, 7), (6, 4, 3)])
-def test_a_png_decodes_to_its_pixels(shape):
-    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    found = dict(chunks(metrics.png_bytes(image)))
+@pytest.mark.parametrize("colours", [1, 3])
+def test_a_png_decodes_to_its_pixels(colours):
+    image = np.random.default_rng(0).integers(0, 256, (6, 4, colours), dtype=np.uint8).repeat(3 // colours, 2)
+    found = dict(chunks(metrics.png(image)))
+    assert found[b"IHDR"][9] == (2 if colours == 3 else 0)         # grey where all of it is
     assert (pixels(found[b"IHDR"], found[b"IDAT"]) == image).all()
-    assert metrics.png_bytes(image[:, ::-1]) != metrics.png_bytes(image)
+    assert metrics.png(image[:, ::-1]) != metrics.png(image)
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 6, 4, 3)])
-def test_an_animated_png_decodes_to_its_frames(shape):
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    found = chunks(metrics.apng_bytes(images, 150))
+@pytest.mark.parametrize("colours", [1, 3])
+def test_an_animated_png_decodes_to_its_frames(colours):
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 7, colours), dtype=np.uint8).repeat(3 // colours, 3)
+    found = chunks(metrics.png(images, 150))
     assert struct.unpack(">II", dict(found)[b"acTL"]) == (len(images), 0)
     packed = [body if kind == b"IDAT" else body[4:] for kind, body in found if kind in (b"IDAT", b"fdAT")]
     for image, body in zip(images, packed, strict=True):
@@ -121,9 +123,7 @@ def test_an_animated_png_decodes_to_its_frames(shape):
 
 
 def dots(text):
-    canvas = np.zeros(metrics.text_size(text), np.uint8)
-    metrics.draw_text(canvas, 0, 0, text, 1)
-    return ["".join(".#"[dot] for dot in row) for row in canvas]
+    return ["".join("#."[level // 255] for level in row[:-1, 0]) for row in metrics.words(text)]
 
 
 def test_text_is_drawn_in_a_font_of_its_own():
@@ -131,48 +131,57 @@ def test_text_is_drawn_in_a_font_of_its_own():
                           "..#....###."]
     printable = [chr(code) for code in range(32, 127)]
     assert len({tuple(dots(character)) for character in printable}) == 95
-    assert dots("é") == dots("?")
 
 
-def test_text_is_cut_off_at_the_edges_and_takes_a_colour():
-    canvas = np.zeros((9, 9, 3), np.uint8)
-    metrics.draw_text(canvas, -2, -3, "HHH", (1, 2, 3))
-    metrics.draw_text(canvas, 20, 20, "H")
-    whole = np.zeros((30, 40, 3), np.uint8)
-    metrics.draw_text(whole, 8, 7, "HHH", (1, 2, 3))
-    assert (canvas == whole[10:19, 10:19]).all() and canvas.any()
-    big = np.zeros((14, 10), np.uint8)
-    metrics.draw_text(big, 0, 0, "R", 1, scale=2)
-    small = np.zeros((7, 5), np.uint8)
-    metrics.draw_text(small, 0, 0, "R", 1)
-    assert (big[::2, ::2] == small).all() and (big[1::2, 1::2] == small).all()
+def test_names_are_drawn_in_a_form_that_the_font_has():
+    for name, drawn in (("Ré\u0301gion ﬁ", "Region fi"), ("a×b", "a\\xd7b"), ("r\udce9gion\n", "r\\udce9gion\\n"),
+                        ("台风", "\\u53f0\\u98ce"), ("", "")):
+        assert (metrics.words(name) == metrics.words(drawn)).all()
 
 
-def test_a_film_strip_shows_its_frames():
-    truth = torch.rand(3, 1, 16, 16)
-    forecast = torch.rand(2, 1, 16, 16) * 3 - 1
-    forecast[0, 0, 0, 0] = float("nan")
-    image = metrics.film_strip([("truth", truth), ("forecast", forecast)], "a title")
-    shown = metrics.resize(metrics.levels(truth))
-    assert shown.shape == (3, 1, 64, 64) and metrics.levels(forecast)[0, 0, 0, 0] == 0
+@pytest.mark.parametrize("unit", [None, "K", "mm/h"])
+def test_a_film_sheet_shows_its_films_under_their_times(unit):
+    film, forecast = torch.rand(5, 2, 16, 20), torch.rand(3, 2, 16, 20)
+    film[1, 0, 2:5, 3:9] = film[3, 1, 7:, :4] = math.nan
+    image = metrics.film_sheet([metrics.Film("the caption", 2, film, {"one": forecast, "two": forecast / 2})], "title", unit)
+    low, high = (f(film.nan_to_num(0.5).min() if f is min else film.nan_to_num(0.5).max(), forecast.min() if f is min
+                   else forecast.max(), (forecast / 2).min() if f is min else 0).item() for f in (min, max))
 
-    def holds(picture):
-        height, width = picture.shape
-        return any((image[y:y + height, x:x + width] == picture).all() for y in range(image.shape[0] - height + 1)
-                   for x in range(image.shape[1] - width + 1) if (image[y, x:x + width] == picture[0]).all())
+    def drawn(frame, scale=(low, high)):
+        big = frame.numpy().repeat(4, 0).repeat(4, 1)
+        if unit == "mm/h":
+            picture = metrics.RAIN_COLOURS[(big[..., None] >= np.float32(metrics.RAIN_CLASSES)).sum(-1)]
+            picture[np.isnan(big)] = metrics.NO_DATA
+            return picture
+        return metrics.paint(big, scale) if unit else metrics.paint(big, (0, 1), metrics.GREY)
 
-    for frame in [*shown[:, 0], *metrics.resize(metrics.levels(forecast))[:, 0]]:
-        assert holds(frame)
-    for label in ("truth", "forecast", "a title"):
-        text = np.full(metrics.text_size(label), 255, np.uint8)
-        metrics.draw_text(text, 0, 0, label)
-        assert holds(text)
+    assert len(says(image, f"title, in {unit}" if unit else "title")) == len(says(image, "the caption")) == 1
+    assert len(says(image, "no data")) == 1
+    columns = [says(image, f"t={t + 1}") for t in range(5)]
+    assert all(len(column) == 1 for column in columns) and columns[0][0][0] < columns[2][0][0]
+    for t, c in np.ndindex(5, 2):
+        (y, x), = places(image, drawn(film[t, c]))
+        (above, middle), = columns[t]
+        assert above < y and abs(middle + 11 - (x + 40)) <= 2
+    assert len(says(image, "input 1/2")) == len(says(image, "truth 2/2")) == 1
+    for label, made in (("one", forecast), ("two", forecast / 2)):
+        (start, _), = says(image, label)
+        below = image[start:]
+        error = (made - film[2:]).abs()
+        scale = (0.0, error[~error.isnan()].max().item())
+        for t, c in np.ndindex(3, 2):
+            y = [places(below, drawn(frame, *s))[0][0] for frame, *s in (
+                (made[t, c].where(~film[2 + t, c].isnan(), math.nan),), (error[t, c], scale))]
+            assert y[0] < y[1]
+        assert len(says(below, "|error| 1/2")) == len(says(below, "forecast 2/2")) == (2 if label == "one" else 1)
 
 
-def test_a_film_strip_gives_every_channel_a_row_and_thins_out_large_frames():
-    one, two = (metrics.film_strip([("x", torch.rand(2, channels, 32, 32))]) for channels in (1, 2))
-    assert two.shape[0] > 1.9 * one.shape[0]
-    assert max(metrics.film_strip([("x", torch.rand(1, 1, 900, 900))]).shape) < 300
+def test_a_film_beyond_its_truth_has_no_error_and_large_frames_are_thinned_out():
+    known = torch.rand(2, 1, 900, 900)
+    image = metrics.film_sheet([metrics.Film("", 2, known, {"": known[:1]})])
+    assert not says(image, "|error|") and not says(image, "truth") and len(says(image, "t=3")) == 1
+    assert image.shape[0] < 560 and len(says(image, "forecast")) == 1
+    assert len(places(image, grey(known[1, 0, ::4, ::4]))) == 1
 
 
 def test_the_palette_rises_evenly_in_lightness_and_stays_readable_to_the_colour_blind():
@@ -188,40 +197,40 @@ def test_the_palette_rises_evenly_in_lightness_and_stays_readable_to_the_colour_
     assert len(np.unique(metrics.PALETTE, axis=0)) == 256
 
 
-def test_heat_maps_values_to_colours():
-    shown = metrics.heat(torch.tensor([[0.0, 1.0, 2.0, 3.0, -9.0, 9.0]]), 0, 3)
-    assert (shown == metrics.PALETTE[[[0, 85, 170, 255, 0, 255]]]).all()
-    assert (metrics.heat(torch.full((2, 2), 5.0), 5, 5) == metrics.PALETTE[0]).all()
-    for bad in ("nan", "inf"):
-        with pytest.raises(ValueError, match="NaN or infinity"):
-            metrics.heat(torch.tensor([0.0, float(bad)]), 0, 1)
+def test_values_are_painted_in_colours():
+    shown = metrics.paint(np.array([[0.0, 1.0, 2.0, 3.0, -9.0, 9.0, math.nan]]), (0, 3))
+    assert (shown[0, :6] == metrics.PALETTE[[0, 85, 170, 255, 0, 255]]).all() and (shown[0, 6] == metrics.NO_DATA).all()
+    assert (metrics.paint(np.full((2, 2), 5.0), (5, 5)) == metrics.PALETTE[0]).all()
+    assert not (metrics.PALETTE == metrics.NO_DATA).all(1).any() and not (metrics.GREY == metrics.NO_DATA).all(1).any()
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="layer 1: NaN or infinity"):
+            metrics.heat_row("layer 1", torch.tensor([[[0.0, bad]]]), (2, 2))
 
 
 def test_a_heat_row_has_one_scale_and_says_which_panels_are_constant():
     values = torch.rand(3, 4, 4)
     values[1] = 0.1 + 1e-9
     row = metrics.heat_row("x", values, (8, 12))
-    assert row.images.shape == (3, 8, 12, 3) and row.notes == {1: "constant"}
+    assert row.images.shape == (3, 8, 12, 3) and row.notes == ["", "constant", ""]
     assert row.scale == (values.min().item(), values.max().item())
-    assert (row.images[:, ::2, ::3] == metrics.heat(values, *row.scale)).all()
+    assert (row.images[:, ::2, ::3] == metrics.paint(values.numpy(), row.scale)).all()
     assert (row.images[:, 1::2, 2::3] == row.images[:, ::2, ::3]).all()      # magnified, not smoothed
 
 
 def test_rain_is_drawn_in_classes():
     rain = torch.tensor([0, 0.0999, 0.1, 0.4999, 0.5, 1, 2, 4.999, 5, 10, 99]).float().view(1, 1, 1, -1)
-    rain = rain.expand(1, 1, 11, 11)
-    shown = torch.ones_like(rain, dtype=torch.bool)
-    shown[..., 0, 0] = False
-    row, = metrics.film_rows("rain", rain, "mm/h", None, shown)
+    rain = rain.repeat(1, 1, 11, 1)
+    rain[..., 0, 0] = math.nan
+    row, = metrics.film_rows("rain", rain, "mm/h")
     assert row.scale is None and row.images.shape == (1, 55, 55, 3)
     assert (row.images[0, 7, 2::5] == metrics.RAIN_COLOURS[[0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6]]).all()
     assert (row.images[0, :5, :5] == metrics.NO_DATA).all()
     assert [text for _, text in metrics.RAIN_LEGEND] == [
-        "no data", "< 0.1 mm/h", "0.1 - 0.5", "0.5 - 1", "1 - 2", "2 - 5", "5 - 10", ">= 10 mm/h"]
+        "< 0.1 mm/h", "0.1 - 0.5", "0.5 - 1", "1 - 2", "2 - 5", "5 - 10", ">= 10 mm/h"]
     image = metrics.sheet([row], "a title", metrics.RAIN_LEGEND)
     for colour, text in metrics.RAIN_LEGEND:
         (y, x), = says(image, text)
-        assert (image[y, x - 10] == colour).all()
+        assert (image[y, x - 6] == colour).all()
 
 
 def test_a_sheet_puts_its_rows_below_each_other():
@@ -229,7 +238,7 @@ def test_a_sheet_puts_its_rows_below_each_other():
     frames[1] = 0.5
     rows = metrics.film_rows("film", frames) + [metrics.heat_row("map", torch.arange(128).view(2, 8, 8), (64, 80))]
     image = metrics.sheet(["a line", ["first", "second", "third"], *rows], "title")
-    film, second = places(image, metrics.levels(frames[0, 0])), says(image, "second")
+    film, second = places(image, grey(frames[0, 0])), says(image, "second")
     assert len(film) == len(second) == len(says(image, "a line")) == len(says(image, "title")) == 1
     y, x = film[0]
     assert (image[y, x + 82] == 128).all() and len(says(image[y:y + 64, x + 82:x + 162], "constant")) == 1
@@ -237,14 +246,32 @@ def test_a_sheet_puts_its_rows_below_each_other():
     (top, _), (bottom, right), = *says(image, "127"), *says(image, "0")
     assert y + 66 <= top < bottom < y + 130 and (image[y + 66, right - 6] == metrics.PALETTE[255]).all()
     assert (image[y + 129, right - 6] == metrics.PALETTE[0]).all()
-    assert metrics.sheet(rows[:1]).ndim == 2                         # grey stays grey
 
 
 def test_a_cross_marks_a_pixel_and_leaves_it_open():
-    images = np.full((2, 20, 20, 3), 77, np.uint8)
-    metrics.draw_cross(images, 0, 10)
+    images = metrics.marked(np.full((2, 20, 20, 3), 77, np.uint8), 0, 10)
     assert (images[:, 0, 10] == 77).all() and (images[:, 0, [8, 12]] == 255).all() and (images[:, 3, 10] == 255).all()
-    assert (images[:, 1, 9] == 0).all() and (images[:, 12:] == 77).all()
+    assert (images[:, 1, 9] == 0).all() and (images[:, 12:] == 77).all() and images.shape == (2, 20, 20, 3)
+
+
+def scored(mse, pixels=None):
+    mse = torch.tensor(mse, dtype=torch.float64)
+    return {"mse": mse, "pixels": torch.ones_like(mse) if pixels is None else torch.tensor(pixels)}
+
+
+def test_the_sequences_shown_are_different_ones_or_fewer():
+    five = scored([[5.0, 7], [1, 1], [9, 9], [2, 2], [3, 3]])
+    assert metrics.ranked(five) == {"best": (1, 1.0), "median": (4, 3.0), "worst": (2, 9.0)}
+    assert metrics.ranked(scored([[5.0], [1]])) == {"best": (1, 1.0), "median": (0, 5.0)}
+    assert metrics.ranked(scored([[5.0]])) == {"median": (0, 5.0)}
+    assert [*metrics.ranked(scored([[4.0], [4], [4]]))] == ["best", "median", "worst"]
+    no = math.nan
+    some = scored([[no, no], [8, no], [2, 4], [no, no]], [[0, 0], [9, 0], [9, 9], [0, 0]])
+    assert metrics.ranked(some) == {"best": (2, 3.0), "median": (1, 8.0)}           # means over what has data
+    for mse, pixels, text in (([[1.0, 2], [no, 1]], [[9, 9], [9, 9]], "sequence 1 holds NaN"),
+                              ([[no, no]], [[0, 0]], "no test sequence has data")):
+        with pytest.raises(ValueError, match=text):
+            metrics.ranked(scored(mse, pixels))
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -303,18 +330,18 @@ def test_the_films_are_those_of_the_best_the_median_and_the_worst_sequence():
     mse = (forecast.double() - frames[:, 3:]).square().sum((2, 3, 4)).mean(1)
     order = mse.argsort().tolist()
     image = decoded(folder / "figures" / "films.png")
-    assert image.ndim == 2
     shown = dict(best=order[0], median=order[2], worst=order[3])
     for name, k in shown.items():
-        (y, _), = says(image, f"{name} of 4: test sequence {k}, MSE {mse[k]:.4g}")
-        films = frames[k, :3], frames[k, 3:], forecast[k], (forecast[k] - frames[k, 3:]).abs()
-        for row, (label, film) in enumerate(zip(("input", "truth", "forecast", "|difference|"), films)):
-            x = 12 * 6 - 1 + 6                                    # behind the longest label
-            top = y + 11 + row * 66
+        caption = f"{name} of 4: test sequence {k}, MSE {mse[k]:.4g}"
+        (y, _), = says(image, caption)
+        films = (("input", frames[k, :3], 24), ("truth", frames[k, 3:], 103), ("forecast", forecast[k], 169),
+                 ("|error|", (forecast[k] - frames[k, 3:]).abs(), 235))
+        for label, film, below in films:
+            x, top = 2 + 8 * 6 + 4 + 2, y + below                # behind the longest label
             assert len(says(image[top:top + 64], label)) == 1
             for t in range(3):
                 panel = image[top:top + 64, x + 66 * t:x + 66 * t + 64]
-                difference = np.abs(panel.astype(int) - metrics.levels(film[t, 0]))
+                difference = np.abs(panel.astype(int) - grey(film[t, 0]))
                 assert difference.max() <= 1, (name, label, t)    # forecasts of a batch of one round otherwise
 
     found = chunks((folder / "figures" / "films_animated.png").read_bytes())
@@ -322,15 +349,15 @@ def test_the_films_are_those_of_the_best_the_median_and_the_worst_sequence():
     packed = [body if kind == b"IDAT" else body[4:] for kind, body in found if kind in (b"IDAT", b"fdAT")]
     for t, body in enumerate(packed):
         picture = pixels(found[0][1], body)
-        assert says(picture, f"frame {t + 1} of 6, {'read' if t < 3 else 'forecast'}")
+        assert says(picture, f"frame {t + 1} of 6, {'read' if t < 3 else 'forecast'}") and says(picture, "|error|")
         for name, k in shown.items():
-            (y, x), = places(picture, metrics.levels(frames[k, t, 0]))
-            assert says(picture[y:y + 64, :x], name)
+            (y, x), = places(picture, grey(frames[k, t, 0]))
+            assert says(picture[y - 12:y], f"{name} of 4: test sequence {k}, MSE {mse[k]:.4g}")
             if t < 3:
                 assert says(picture[y:y + 64, x + 66:x + 130], "reading")
             else:
                 panel = picture[y:y + 64, x + 66:x + 130].astype(int)
-                assert np.abs(panel - metrics.levels(forecast[k, t - 3, 0])).max() <= 1
+                assert np.abs(panel - grey(forecast[k, t - 3, 0])).max() <= 1
 
 
 def test_the_curves_are_the_results_and_the_log():
@@ -357,7 +384,7 @@ def test_attention_is_drawn_where_the_model_looks():
     frames, predictions, _ = looked_at(folder)
     mse = (predictions[:3, -3:].clamp(0, 1).double() - frames[:3, 3:]).square().sum((2, 3, 4)).mean(1)
     number = mse.argsort().tolist()[1]
-    point = train.query_points(frames[number, 2])[0]
+    point = metrics.query_points(frames[number, 2])[0]
     near = frames[number, 2, 0, point[0] - 2:point[0] + 3, point[1] - 2:point[1] + 3]
     assert near.mean() == pytest.approx(torch.nn.functional.avg_pool2d(frames[number, 2], 5, 1).max().item())
     assert says(image, f"attention of + (y={point[0]}, x={point[1]})")
@@ -366,17 +393,17 @@ def test_attention_is_drawn_where_the_model_looks():
         for n, name in enumerate(("Z_h", "Z_m")):
             maps = found["attention"][layer][0, :, 0, n]          # (5, 16, 16)
             (y, x), = says(image, f"layer {layer + 1}: {name}")
-            x, y, ends = 2 + 12 * 6 - 1 + 4, y - 28, (maps.min().item(), maps.max().item())
+            x, y, ends = 2 + 12 * 6 + 4 + 2, y - 28, (maps.min().item(), maps.max().item())
             for t in range(5):
                 panel = image[y:y + 64, x + 66 * t:x + 66 * t + 64]
                 if name == "Z_m" and t == 0:                      # the memory is empty at first
                     assert says(panel, "constant")
-                    assert (panel[0, 0] == metrics.heat(maps[0, 0, 0], *ends)).all()
+                    assert (panel[0, 0] == metrics.paint(maps[0, 0, 0].numpy(), ends)).all()
                     continue
                 assert not says(panel, "constant")
                 right = np.ones((64, 64), bool)
                 right[max(point[0] - 6, 0):point[0] + 7, max(point[1] - 6, 0):point[1] + 7] = False      # the mark
-                expected = metrics.heat(metrics.fit(maps[t].numpy(), (64, 64)), *ends)
+                expected = metrics.paint(metrics.fit(maps[t].numpy(), (64, 64)), ends)
                 assert (panel == expected)[right].mean() > 0.99
                 assert (panel[point[0] + 2, point[1]] == 255).all() and not (panel[point] == 255).all()
 
@@ -389,7 +416,7 @@ def test_layers_are_drawn_at_their_own_resolution_and_the_steps_are_spread():
     assert shown == [1, 3, 5, 7, 9, 11, 13, 15, 17]
     for layer, side in ((1, 32), (2, 16), (3, 16), (4, 32)):
         (y, _), = says(image, f"layer {layer}")
-        panel, block = image[y - 28:y + 36, 2 + 7 * 6 - 1 + 4:][:, :64], 64 // side
+        panel, block = image[y - 28:y + 36, 2 + 7 * 6 + 4 + 2:][:, :64], 64 // side
         small_map = panel[::block, ::block]
         assert (small_map.repeat(block, 0).repeat(block, 1) == panel).all()
         assert not (small_map[::2] == small_map[1::2]).all()      # and not smaller still
@@ -449,11 +476,11 @@ def test_units_get_rain_classes_or_a_scale(monkeypatch, unit, channels):
             colours[..., :4, :4, :] = metrics.NO_DATA
         else:
             everything = torch.cat([film, predictions[k, -3:].clamp(0, 1) * 20])
-            colours = metrics.heat(film, everything.min().item(), everything.max().item())
+            colours = metrics.paint(film.numpy(), (everything.min().item(), everything.max().item()))
         for t in range(6):
             for c in range(channels):
                 (_, x), = places(image, colours[t, c].repeat(2, 0).repeat(2, 1))
-                assert x == 2 + (12 if channels == 1 else 16) * 6 - 1 + 4 + 66 * (t % 3)
+                assert x == 2 + (8 if channels == 1 else 12) * 6 + 4 + 2 + 66 * (t % 3)
     found = curves(folder / "figures" / "curves.svg")
     assert ({panel for panel, _ in found} > {"CSI 0.5", "HSS 5"}) == (unit == "mm/h")
     if unit == "mm/h":

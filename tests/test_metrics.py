@@ -525,7 +525,7 @@ def test_curves_are_the_metrics():
     pred, truth = clips(3, 6, 1, 16, 16)
     runs = {"ConvLSTM": metrics.summarize(metrics.frame_scores(pred, truth)),
             "a <run> & \"more\"": metrics.summarize(metrics.frame_scores(truth * 0, truth))}
-    svg = metrics.curve_panels_svg(metrics.score_panels(runs), title="ConvLSTM full, moving_digits, iteration 7")
+    svg = metrics.score_curves(runs, "ConvLSTM full, moving_digits, iteration 7")
     found = curves_in(svg)
     assert list(found) == list(runs)
     for label, summary in runs.items():
