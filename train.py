@@ -904,7 +904,8 @@ class Figures:
             truth, forecast, _, _ = self.forecast(number)
             caption = f"{name} of {self.results['sequences']}: test sequence {number}, MSE {mse:.4g}"
             films.append(metrics.Film(caption, past, truth, {"": forecast}))
-        loss = [(int(row[0]), float(row[1])) for row in read_log(self.folder / "log.csv")]
+        log = self.folder / "log.csv"
+        loss = [(int(row[0]), float(row[1])) for row in read_log(log)] if log.exists() else []
         training = {"training": (f"{self.config['loss']} loss (sum over a frame)", loss),
                     "validation": ("MSE of the forecast (sum over a frame)", self.validation)}
         training = {name: (ylabel, [point for point in points if point[0] <= self.iteration])
