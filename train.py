@@ -9,8 +9,7 @@ Nothing here knows a model's inside: a model file is picked by name, and its con
 is used. A run is a pure function of its settings: clips and sampling masks depend on (seed, iteration) alone, so a
 checkpoint needs no random state, and a resumed run goes on bit for bit.
 
-Sections: settings; training; evaluation; runs; commands; figures; bench; errors and interruptions; processes; command
-line.
+Sections: settings; training; evaluation; runs; commands; figures; errors and interruptions; processes; command line.
 """
 
 import argparse
@@ -28,10 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -992,154 +988,6 @@ def command_figures(args):
             print(data.write_whole(run.place / name, content))
 
 
-# -------------------------------------------------------------------------------------------------------------- bench
-
-class Alive(TorchDispatchMode):
-    """Counts the memory of the tensors that were made inside and are still alive, each storage once."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return out
-
-    def bytes(self, apart=()):
-        apart = {tensor.untyped_storage()._cdata for tensor in apart}
-        return sum(size for key, (ref, size) in self.storages.items() if key not in apart and not ref.expired())
-
-
-def kept_bytes(model, frames, **options):
-    """Bytes that one roll-out keeps for its backward pass; parameters, frames and predictions left out.
-
-    The gradients that are alive at any moment of the backward pass come on top. With model and frames on device="meta"
-    nothing is computed; the count is the same but for attention, which stores its scores there and not on the CPU.
-    """
-    with Alive() as alive:
-        predictions = model(frames, **options)
-    return alive.bytes(apart=(frames, predictions, *model.parameters()))
-
-
-def layer_output_bytes(model, frames):
-    """M_out of the MS-LSTM paper, §4.3: bytes that the layers with weights (convolutions, LayerNorms) put out in one
-    roll-out over frames."""
-    total = 0
-
-    def add(module, inputs, output):
-        nonlocal total
-        total += output.nbytes
-
-    layers = [m for m in model.modules() if not [*m.children()] and [*m.parameters(recurse=False)]]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    with torch.no_grad():
-        model(frames)
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
-def timed(work, device, repeats, warm_up=1):
-    """Seconds of each of `repeats` calls, after some that do not count; by events on CUDA."""
-    for _ in range(warm_up):
-        work()
-    seconds = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) / 1e3)
-        else:
-            begun = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - begun)
-    return seconds
-
-
-def ceilings(device, precision):
-    """What the device can do at most: (FLOP/s of one large matrix product, bytes/s read and written of one large copy).
-
-    The product is timed as such and as a 1×1 convolution, which may go through another library; the faster counts.
-    """
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    image, kernel = b.view(1, n, 32, n // 32), a.view(n, n, 1, 1)
-    source = torch.randn(n * n, device=device)
-    target = torch.empty_like(source)
-    with torch.no_grad():
-        product = min(timed(lambda: a @ b, device, 5) + timed(lambda: torch.conv2d(image, kernel), device, 5))
-        return 2 * n**3 / product, 2 * source.nbytes / min(timed(lambda: target.copy_(source), device, 5))
-
-
-def command_bench(args):
-    """Seconds, memory and FLOP/s of a training step on 20 random frames of 64×64, model by model."""
-    device = device_of(args.device, quick=True)
-    precision, on_cuda = precision_of(args.precision, device), device.type == "cuda"
-    modules = {name: model_file(name) for name in args.bench or MODELS}
-    flops, copy = ceilings(device, precision)
-    report = dict(precision=precision, recompute=bool(args.recompute), versions=versions(device),
-                  matmul_flops=flops, copy_bytes_per_second=copy, models=[])
-    print(f"{report['versions']['device']}, torch {torch.__version__}, {precision}{', recompute' if args.recompute else ''}; "
-          f"ceilings: matrix product {flops / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:,.1f} GB/s\n\n"
-          f"{'':12} {'':8} {'':>5} {'seconds a step':>24} {'sequences':>9} {'memory':>8} {'§4.3':>8} {'':>8} {'of the':>7}\n"
-          f"{'model':12} {'set-up':8} {'batch':>5} {'median (least – most)':>24} {'a second':>9} {'MB':>8} {'MB':>8} "
-          f"{'GFLOP/s':>8} {'ceiling':>7}")
-    if args.json:
-        write_json(args.json, report)       # what cannot be written is better known now
-    for name, module in modules.items():
-        # On the CPU full frames take minutes a step for the models with attention: there only if asked for.
-        for setup in [args.setup] if args.setup else [*module.NETWORK] if on_cuda else [module.DEFAULT_SETUP]:
-            batch = args.batch or (module.TRAINING[setup]["batch"] if on_cuda else 2)
-            try:
-                row = bench(name, setup, batch, device, precision, bool(args.recompute), repeats=20 if on_cuda else 3)
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                print(f"{name:12} {setup:8} {batch:>5} out of memory: a smaller --batch, or --recompute", flush=True)
-                continue
-            report["models"].append(row)
-            if args.json:
-                write_json(args.json, report)
-            spread = f"{row['seconds']:.3f} ({min(row['all_seconds']):.3f} – {max(row['all_seconds']):.3f})"
-            print(f"{name:12} {setup:8} {row['batch']:>5} {spread:>24} {row['sequences_per_second']:>9.2f} "
-                  f"{row['memory_bytes'] / 1e6:>8,.0f} {row['cost_model_bytes'] / 1e6:>8,.0f} {row['flops'] / 1e9:>8,.0f} "
-                  f"{row['flops'] / flops:>7.1%}", flush=True)
-    print(f"\nmemory: {'the allocator' if on_cuda else 'parameters, gradients, both moments of Adam, and what autograd keeps'}"
-          f"{chr(39) + 's peak' if on_cuda else ''}; §4.3: 4·M_par + 2·M_out of the MS-LSTM paper\n"
-          f"GFLOP/s: six times the counted multiply-accumulates (forward, and twice that backward), by the median")
-
-
-def bench(name, setup, batch, device, precision, recompute, repeats):
-    """One row of the bench: a training step of the full variant, optimiser included, half of the frames its own."""
-    module, config = model_file(name), dict(batch=batch, precision=precision, loss="l2", lr=1e-3, weight_decay=0.0)
-    torch.manual_seed(0)
-    model = module.MODEL(setup=setup).to(device)
-    model.recompute = recompute
-    frames, mask = torch.rand(batch, 20, 1, 64, 64, device=device), torch.rand(19, batch, device=device) < 0.5
-    optimizer = make_optimizer(model, config | dict(optimizer=module.TRAINING[setup]["optimizer"]))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = timed(lambda: train_step(model, optimizer, frames, mask, config), device, repeats)
-    parameters = sum(p.nbytes for p in model.parameters())
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    else:
-        with autocast(device, precision):
-            memory = 4 * parameters + kept_bytes(model, frames, use_truth=mask)
-    median = sorted(seconds)[len(seconds) // 2]
-    _, macs = cost(module, setup, "full", *PAPER_FRAMES["moving_mnist"])
-    return dict(model=name, setup=setup, batch=batch, seconds=median, all_seconds=seconds, memory_bytes=memory,
-                cost_model_bytes=4 * parameters + 2 * layer_output_bytes(model, frames),
-                sequences_per_second=batch / median, flops=6 * macs * batch / median)
-
-
 # ------------------------------------------------------------------------------------------- errors and interruptions
 
 class UserError(Exception):
@@ -1244,11 +1092,10 @@ processes = Processes()
 # ---------------------------------------------------------------------------------------------------- command line
 
 COMMANDS = {"list": command_list, "eval": command_eval, "resume": command_resume, "predict": command_predict,
-            "figures": command_figures, "bench": command_bench}
+            "figures": command_figures}
 # What may be given beside a command; a training run takes every option.
 TAKES = {"list": {"setup", "data"}, "eval": {"device", "data_dir", "eval_sequences"}, "predict": {"data", "horizon", "device"},
          "figures": {"device", "data_dir", "eval_sequences"},
-         "bench": {"setup", "batch", "precision", "recompute", "device", "json"},
          "resume": {"device", "data_dir", "iterations", "eval_every", "eval_sequences", "save_every"}}
 
 
@@ -1290,8 +1137,6 @@ def parse(argv):
     p.add_argument("--figures", metavar="RUN", nargs="+", help="draw the papers' figures from trained runs")
     p.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, from exactly where it stood")
     p.add_argument("--predict", metavar="RUN", help="forecast beyond the end of --data X, a .npy of yours; writes .npy and a picture")
-    p.add_argument("--bench", metavar="MODEL", nargs="*", help="seconds, memory and FLOP/s of a training step; all models if none is named")
-    p.add_argument("--json", metavar="FILE", help="where --bench also writes what it found")
     p.add_argument("--variant", help="an ablation of the model's paper (full)")
     p.add_argument("--setup", choices=("patch4", "fullres"), help="the set-up to train under (the model's own paper's)")
     p.add_argument("--data", metavar="NAME|PATH", help="a dataset by name or a .npy or .npz of yours (moving_mnist)")
@@ -1324,8 +1169,6 @@ def parse(argv):
     if len(commands) != 1:
         raise UserError("give a MODEL, or one of " + ", ".join(f"--{name}" for name in COMMANDS) + " (see python train.py --help)")
     command = commands[0]
-    if args.json and command != "bench":
-        raise UserError("--json goes with --bench")
     if processes.count > 1 and command not in ("model", "resume"):
         raise UserError(f"--{command} runs in one process: python train.py --{command}, without torchrun")
     for name in given:

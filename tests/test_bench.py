@@ -1,13 +1,15 @@
-"""`--bench`: what it counts is right, and what it prints is what it found."""
+"""bench.py: what it counts is right, both forms of a model are the same, and what it prints is what it found."""
 
-import json
-from pathlib import Path
-
+import bench
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
+
+CPU = torch.device("cpu")
+TINY = dict(patch=16, layers=2, hidden=4, kernel=3)
 
 
 def test_kept_bytes_by_hand():
@@ -18,70 +20,100 @@ def test_kept_bytes_by_hand():
         return torch.sigmoid(y) * torch.tanh(y)
 
     network.parameters = layer.parameters
-    assert train.kept_bytes(network, x) == 4 * 2 * 7 * 5
+    assert bench.kept_bytes(network, x) == 4 * 2 * 7 * 5
 
 
 def test_layer_outputs_by_hand():
     model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Sigmoid(), nn.Conv2d(2, 4, 1))
-    assert train.layer_output_bytes(model, torch.rand(3, 1, 8, 8)) == 4 * 3 * 64 * (2 + 4)
+    assert bench.layer_output_bytes(model, torch.rand(3, 1, 8, 8)) == 4 * 3 * 64 * (2 + 4)
 
 
-def test_timed_leaves_the_warm_up_out():
-    calls = []
-    assert len(train.timed(lambda: calls.append(1), torch.device("cpu"), repeats=3, warm_up=2)) == 3 and len(calls) == 5
+def test_steps_take_turns():
+    calls, clock = [], iter(range(100))
+    steps = {"one": lambda: calls.append(1), "two": lambda: calls.append(next(clock))}
+    assert bench.in_turn(steps, repeats=2, clock=lambda: next(clock)) == {"one": [1, 1], "two": [2, 2]}
+    assert calls == [1, 3, 1, 8]
 
 
-def test_ceilings(monkeypatch):
-    """A product of two matrices of n × n is 2n³ operations; a copy reads and writes 4n² bytes each."""
-    monkeypatch.setattr(train, "timed", lambda work, device, repeats: work() is None or [3.0, 2.0, 4.0])
-    assert train.ceilings(torch.device("cpu"), "fp32") == (2 * 2048**3 / 2, 2 * 4 * 2048**2 / 2)
+def test_ceiling(monkeypatch):
+    """A product of two matrices of n × n is 2n³ operations; the first of each kind is a warm-up."""
+    monkeypatch.setattr(bench, "in_turn", lambda steps, repeats: {form: [1.0, 3.0, 2.0, 4.0] for form in steps})
+    assert bench.ceiling(CPU, "fp32") == 2 * 2048**3 / 2
 
 
-def test_a_model_too_large_for_the_bench_is_said_and_passed_over(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ceilings", lambda device, precision: (1e11, 1e10))
-    monkeypatch.setitem(train.model_file("predrnn").NETWORK, "patch4", dict(patch=16, layers=1, hidden=2, kernel=3))
-    bench = train.bench
+@pytest.mark.parametrize("setup", ("patch4", "fullres"))
+@pytest.mark.parametrize("name", train.MODELS)
+def test_straightforward_is_the_same(name, setup):
+    ours = train.model_file(name).MODEL(setup=setup, size=16, layers=4, hidden=4, kernel=3)
+    plain, frames = bench.Straightforward(name, ours), torch.rand(3, 5, 1, 16, 16)
+    bench.check_equal(plain, ours, frames)
+    with torch.no_grad():
+        [*plain.parameters()][-3].add_(1e-3)
+    with pytest.raises(AssertionError):
+        bench.check_equal(plain, ours, frames)
 
-    def scarce(name, *rest, **named):
-        if name == "convlstm":
+
+@pytest.mark.parametrize("name", train.MODELS)
+def test_bound_computes_what_a_step_does(name):
+    """As many operations in convolutions and attention, forward and backward."""
+    model = train.model_file(name).MODEL(setup="patch4", size=16, layers=2, hidden=4, kernel=3)
+    frames, record = torch.rand(2, 4, 1, 16, 16), bench.Record()
+    with FlopCounterMode(display=False) as step, record:
+        model(frames).sum().backward()
+    with FlopCounterMode(display=False) as again:
+        record()
+    assert again.get_flop_counts()["Global"] == step.get_flop_counts()["Global"]
+    assert any("backward" in str(op) for op in step.get_flop_counts()["Global"])
+
+
+def test_table(capsys, monkeypatch):
+    """What it prints of time, memory and FLOP/s follows from what was found; what does not fit is said."""
+    monkeypatch.setattr(bench, "ceiling", lambda device, precision: 1e11)
+    for name in ("convlstm", "predrnn"):
+        monkeypatch.setitem(train.model_file(name).NETWORK, "patch4", TINY)
+    measured, found, step = bench.bench, [], train.train_step
+
+    def kept(*arguments):
+        found.append(measured(*arguments))
+        return found[-1]
+
+    def scarce(model, *rest):
+        if isinstance(model, bench.Straightforward) and model.memory:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return bench(name, *rest, **named)
+        return step(model, *rest)
 
-    monkeypatch.setattr(train, "bench", scarce)
-    file = tmp_path / "bench.json"
-    assert train.main(["--bench", "convlstm", "predrnn", "--device", "cpu", "--batch", "1", "--json", str(file)]) == 0
-    assert "out of memory" in capsys.readouterr().out
-    assert [row["model"] for row in json.loads(file.read_text())["models"]] == ["predrnn"]
-
-
-def test_bench(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ceilings", lambda device, precision: (1e11, 1e10))
-    monkeypatch.setitem(train.model_file("convlstm").NETWORK, "patch4", dict(patch=16, layers=2, hidden=4, kernel=3))
-    file = tmp_path / "bench.json"
-    assert train.main(["--bench", "convlstm", "--device", "cpu", "--batch", "3", "--json", str(file)]) == 0
-    out, report = capsys.readouterr().out, json.loads(file.read_text())
-    row, = report["models"]
-    assert (row["model"], row["setup"], row["batch"]) == ("convlstm", "patch4", 3)
-    assert (report["matmul_flops"], report["copy_bytes_per_second"]) == (1e11, 1e10)
-    assert row["seconds"] == sorted(row["all_seconds"])[1] and len(row["all_seconds"]) == 3
-    parameters, macs = train.cost(train.model_file("convlstm"), "patch4", "full", 1, 64, 20)
-    assert row["flops"] == pytest.approx(6 * macs * 3 / row["seconds"])
-    assert row["sequences_per_second"] == pytest.approx(3 / row["seconds"])
-    model, frames = train.model_file("convlstm").MODEL(), torch.rand(3, 20, 1, 64, 64)
-    kept = train.kept_bytes(model, frames, use_truth=torch.ones(19, 3, dtype=torch.bool))
-    assert row["memory_bytes"] == pytest.approx(16 * parameters + kept, rel=0.05)        # its mask is another
-    assert row["cost_model_bytes"] == 16 * parameters + 2 * train.layer_output_bytes(model, frames)
-    assert f"{row['seconds']:.3f} (" in out and f"{row['flops'] / 1e11:.1%}" in out
-    assert train.main(["--bench", "convlstm", "--device", "cpu", "--batch", "3", "--recompute", "--json", str(file)]) == 0
-    assert json.loads(file.read_text())["models"][0]["memory_bytes"] < row["memory_bytes"]
+    monkeypatch.setattr(bench, "bench", kept)
+    monkeypatch.setattr(train, "train_step", scarce)
+    bench.main("convlstm predrnn --device cpu --batch 3 --frames 5 --repeats 3".split())
+    out = capsys.readouterr().out
+    (seconds, sizes), (others, _) = found
+    assert "predrnn, patch4, straightforward: out of memory" in out and "straightforward" not in others
+    block = out[out.index("convlstm, patch4"):out.index("predrnn, patch4")]
+    rows = [line.split() for line in block.splitlines()[1:] if line]
+    for row, form in zip(rows, [form for form in bench.FORMS if form in seconds or form in sizes], strict=True):
+        numbers = row[len(form.split()):]
+        if form in seconds:
+            median = sorted(seconds[form])[1]
+            assert len(seconds[form]) == 3 and numbers[0] == f"{median:.3f}"
+            _, macs = train.cost(train.model_file("convlstm"), "patch4", "full", 1, 64, 5)
+            assert numbers[4] == f"{median / sorted(seconds['ours'])[1]:.3f}" and numbers[5] == f"{3 / median:.2f}"
+            assert numbers[6:8] == [f"{18 * macs / median / 1e9:,.0f}", f"{18 * macs / median / 1e11:.1%}"]
+        if form in sizes:
+            assert numbers[-2:] == [f"{sizes[form] / 1e6:,.0f}", f"{sizes[form] / sizes['ours']:.3f}"]
+    model, frames = train.model_file("convlstm").MODEL(), torch.rand(3, 5, 1, 64, 64)
+    weights = sum(p.nbytes for p in model.parameters())
+    kept = bench.kept_bytes(model, frames, use_truth=torch.ones(4, 3, dtype=torch.bool))
+    assert sizes["ours"] == pytest.approx(4 * weights + kept, rel=0.05)                  # its mask is another
+    assert sizes["ours, recompute"] < sizes["ours"]
+    assert sizes["4·M_par + 2·M_out"] == 4 * weights + 2 * bench.layer_output_bytes(model, frames)
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ("--bench nosuch --device cpu", "nosuch"), ("--bench convlstm --lr 1", "--lr"), ("convlstm --json x", "--json")])
+    ("nosuch", "nosuch"), ("convlstm --device tpu", "tpu"), ("--batch 0", "--batch")])
 def test_refusals(arguments, says, capsys):
-    assert train.main(arguments.split()) == 2
-    err = capsys.readouterr().err
-    assert says in err and err.count("\n") == 1 and not Path("x").exists()
+    with pytest.raises(SystemExit) as ended:
+        bench.main(arguments.split())
+    assert ended.value.code == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", train.MODELS)

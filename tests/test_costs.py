@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from bench import kept_bytes, layer_output_bytes
 from conftest import count_parameters
 from test_contract import CASES, NAMES
 from torch.utils.flop_counter import FlopCounterMode
 
-from train import PAPER_FRAMES, as_printed, cost, kept_bytes, layer_output_bytes
+from train import PAPER_FRAMES, as_printed, cost
 
 MODULES = {name: importlib.import_module(name) for name in NAMES}
 ROWS = [pytest.param(name, row, id="-".join((name, row["variant"], row["setup"], row["data"])))
