@@ -377,8 +377,10 @@ def write_whole(path, content):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else can read
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:    # such as a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     return path
 
@@ -391,15 +393,19 @@ def progress(iterable=None, **options):
 
 
 @contextlib.contextmanager
-def alone_in(folder):
-    """Let one process at a time fill a folder; the others wait. What killed ones left unfinished there is removed."""
+def alone_in(folder, wait=True):
+    """Let one process at a time fill a folder; the others wait, or are refused. What killed ones left unfinished there is
+    removed."""
     if fcntl is None:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):    # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise DataError(f"{folder}: another process is at work in it; wait for its end") from None
             for path in Path(folder).glob(".*.tmp"):
                 path.unlink()
         yield

@@ -5,24 +5,42 @@
     torchrun --nproc_per_node=4 train.py convlstm the same run on four devices
     python train.py --help                        everything else
 
-Nothing here knows a model's inside: a model file is picked by name, and its contract (README, "The contract") is all that
-is used. A run is a pure function of its settings: clips and sampling masks depend on (seed, iteration) alone, so a
-checkpoint needs no random state, and a resumed run goes on bit for bit.
+A run is a model, a dataset and settings, and lives in a folder of its own, runs/NAME:
 
-Sections: settings; training; evaluation; runs; commands; figures; errors and interruptions; processes; command line.
+    config.json                    every setting; with the code and the data it decides all that follows
+    log.csv                        the training loss
+    last.pt, best.pt               the last checkpoint, and that of the best validation score
+    results.json, forecast.png     scores of the test set, and its first sequences
+
+Clips and sampling masks are a pure function of (seed, iteration), so a checkpoint needs no random state, and a resumed
+run goes on bit for bit. Nothing here knows a model's inside: a model file is picked by name, and its contract (README,
+"The contract") is all that is used.
+
+    file ──data.py──▶ clips ──the step──▶ model ──evaluation──▶ metrics.py: scores, table, pictures ──▶ runs/NAME
+
+Sections: settings; the step; the loop; evaluation; runs; commands; figures; command line; processes, signals, messages.
 """
 
-import argparse
-import csv
-import json
-import math
 import os
 import signal
+
+if __name__ == "__main__":      # torch takes seconds to import: Ctrl-C is one line meanwhile, too
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"train.py: interrupted\n") and 130))
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
 import subprocess
 import sys
 import time
+import zipfile
 from importlib import import_module
+from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,20 +53,108 @@ import data
 import metrics
 
 MODELS = ("convlstm", "predrnn", "sa_convlstm", "cms_lstm", "moderrnn", "ms_lstm")
-# A network that any machine trains in two minutes. It says nothing about the papers' results.
+# A network that any machine trains in two minutes, whatever the model: so many multiply-accumulates, forward, of all its
+# iterations. It says nothing about the papers' results.
 QUICK = dict(data="moving_digits", layers=2, hidden=16, kernel=3, patch=4, batch=4, lr=2e-3, final_lr=1e-5, loss="l2",
-             iterations=270, no_reverse=True, eval_sequences=100)
-EVAL_BATCH = 16                     # sequences at a time; fixed, so that an evaluation can be repeated to the bit
+             no_reverse=True, eval_sequences=100)
+QUICK_MACS = 1e12
+OWN = dict(iterations=None, epochs=100, reverse=False)     # data of one's own: no paper speaks, and no storm runs backwards
 MASK_STREAM = 16                    # of data.draws, for scheduled sampling
+EVAL_BATCH = 16                     # sequences at a time, where they fit; fixed, so that an evaluation repeats to the bit
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
+
+def settings(args):
+    """Every setting of a new run, as JSON-safe data, its clips and its device. What is not given is the paper's."""
+    module = model_file(args.model)
+    setup, variant = args.setup or module.DEFAULT_SETUP, args.variant or "full"
+    if variant not in module.VARIANTS:
+        raise UserError(f"{args.model} has no variant {variant!r}; it has {', '.join(module.VARIANTS)}")
+    quick = QUICK if args.quick else {}
+
+    def pick(name, default=None):
+        return next((v for v in (getattr(args, name), quick.get(name), default) if v is not None), None)
+
+    device = device_of(args.device, quick=args.quick)
+    precision = precision_of(args.precision, device)
+    source, options = pick("data", "moving_mnist"), options_of(args)
+    clips = data.open_data(source, args.data_dir or "data", setup, args.frames_in, args.horizon, **options)
+    training = dict(module.TRAINING[setup])
+    training |= training.pop("data").get(clips.name, {}) | (OWN if source not in data.DATASETS else {}) | quick
+    batch = pick("batch", training["batch"])
+    check_shares("--batch", batch, "raise --batch")
+    network = dict(channels=clips.channels, size=list(clips.size), hidden=pick("hidden"), layers=pick("layers"),
+                   kernel=pick("kernel"), patch=pick("patch", training.get("patch")), **training.get("model", {}))
+    if args.quick:
+        _, macs = cost(module, clips.frames_in + clips.horizon, setup=setup, variant=variant, **network)
+        whole = max(1, round(QUICK_MACS / macs / batch))
+    else:                           # some papers count epochs
+        whole = training.get("iterations") or max(1, training["epochs"] * clips.train_count // batch)
+    iterations, on_cpu = pick("iterations", whole), device.type == "cpu"
+    eval_sequences = min(pick("eval_sequences", 200 if on_cpu else clips.test_count), clips.test_count)
+    config = dict(
+        model=args.model, variant=variant, setup=setup, quick=bool(args.quick), network=network,
+        data=source if source in data.DATASETS else os.path.abspath(source), options=options,
+        data_dir=os.path.abspath(args.data_dir or "data"), frames_in=clips.frames_in, horizon=clips.horizon,
+        clips=clips.info(),
+        optimizer=training["optimizer"], weight_decay=training.get("weight_decay", 0.0), lr=pick("lr", training["lr"]),
+        final_lr=training.get("final_lr"), loss=training["loss"], batch=batch,
+        reverse=training["reverse"] and not pick("no_reverse"),
+        iterations=iterations, schedule=iterations,     # `schedule`: what ε and lr are spread over; stays on a longer run
+        seed=args.seed or 0, precision=precision, recompute=bool(args.recompute),
+        graph=not args.no_graph, init=args.init and os.path.abspath(args.init),
+        log_every=10 if on_cpu else 100, eval_every=args.eval_every or max(1, iterations // (5 if args.quick else 20)),
+        eval_sequences=eval_sequences, valid_sequences=min(clips.valid_count, max(1, eval_sequences // 4), 500),
+        save_every=args.save_every or (100 if on_cpu else 1000),
+        # Only a run of the paper's own network, schedule and training is set beside the paper's figures.
+        whole=whole, as_published=not args.quick and iterations >= whole and all(
+            getattr(args, name) is None for name in ("hidden", "layers", "kernel", "patch", "batch", "lr", "no_reverse",
+                                                     "init", "frames_in", "horizon")),
+        device=device.type, versions=versions(device))
+    return json_safe(config), clips, device
+
+
+def options_of(args):
+    """What the command line says of how data are to be read, and only that."""
+    options = {name: getattr(args, name) for name in ("box", "normalize")}
+    options = {name: value for name, value in options.items() if value is not None}
+    if "normalize" in options:
+        options["normalize"] = options["normalize"] or "range"     # without numbers: the training part's range
+    return options
+
+
+def json_safe(content):
+    return json.loads(json.dumps(content))
+
 
 def model_file(name):
     """The module of a model, by the name of its file."""
     if name not in MODELS:
         raise UserError(f"no model is called {name!r}; the models: {', '.join(MODELS)}")
     return import_module(name)
+
+
+def build(config):
+    """The network of a run, on the CPU, as its seed makes it."""
+    torch.manual_seed(config["seed"])
+    network = config["network"] | dict(size=tuple(config["network"]["size"]))
+    try:
+        model = model_file(config["model"]).MODEL(setup=config["setup"], variant=config["variant"], **network)
+    except ValueError as error:
+        raise UserError(f"{config['model']}: {error}") from None
+    model.recompute = config["recompute"]
+    return model
+
+
+def cost(module, frames, channels=1, size=64, **network):
+    """Parameters of a network, and multiply-accumulates of one sequence of that many frames as in training, counted by
+    torch without computing anything. One step is counted: all cost the same, whatever they read."""
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = module.MODEL(channels=channels, size=size, **network)
+        model(torch.empty(1, 2, channels, *size), extras="loss")
+    return sum(p.numel() for p in model.parameters()), (frames - 1) * counter.get_total_flops() / 2
 
 
 def device_of(name, quick=False):
@@ -72,6 +178,20 @@ def device_of(name, quick=False):
         torch.cuda.set_device(device)
     return device
 
+
+def versions(device):
+    """What a result depends on besides the settings."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, text=True,
+                                capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__, commit=commit, device=name)
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
 
 def cpu_has_bf16():
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -101,89 +221,6 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def check_shares(what, batch, way_out):
-    """Refuse more processes than a batch has sequences."""
-    if batch < processes.count:
-        raise UserError(f"{what} {batch} over {processes.count} processes leaves some without a sequence; {way_out}")
-
-
-def settings(args):
-    """Every setting of a new run, as JSON-safe data, and its clips. What is not given is the paper's."""
-    module = model_file(args.model)
-    setup, variant = args.setup or module.DEFAULT_SETUP, args.variant or "full"
-    if variant not in module.VARIANTS:
-        raise UserError(f"{args.model} has no variant {variant!r}; it has {', '.join(module.VARIANTS)}")
-    quick = QUICK if args.quick else {}
-
-    def pick(name, default=None):
-        return next((v for v in (getattr(args, name), quick.get(name), default) if v is not None), None)
-
-    device = device_of(args.device, quick=args.quick)
-    precision = precision_of(args.precision, device)
-    clips = data.open_data(pick("data", "moving_mnist"), args.data_dir or "data", setup, args.frames_in, args.horizon,
-                           bool(args.normalize), args.box)
-    training = dict(module.TRAINING[setup])
-    training |= training.pop("data").get(clips.name, {})
-    batch = pick("batch", training["batch"])
-    check_shares("--batch", batch, "raise --batch")
-    whole = training.get("iterations") or max(1, training["epochs"] * clips.train_count // batch)   # the paper counts epochs
-    iterations = pick("iterations", whole)
-    on_cpu = device.type == "cpu"
-    eval_sequences = min(pick("eval_sequences", 200 if on_cpu else clips.test_count), clips.test_count)
-    config = dict(
-        model=args.model, variant=variant, setup=setup, quick=bool(args.quick),
-        data=where(pick("data", "moving_mnist")), data_dir=os.path.abspath(args.data_dir or "data"), normalize=bool(args.normalize), box=args.box,
-        frames_in=clips.frames_in, horizon=clips.horizon, clips=clips.info(),
-        network=dict(channels=clips.channels, size=list(clips.size), hidden=pick("hidden"), layers=pick("layers"),
-                     kernel=pick("kernel"), patch=pick("patch", training.get("patch")), **training.get("model", {})),
-        optimizer=training["optimizer"], weight_decay=training.get("weight_decay", 0.0),
-        lr=pick("lr", training["lr"]), final_lr=quick.get("final_lr", training.get("final_lr")),
-        loss=quick.get("loss", training["loss"]),
-        reverse=training["reverse"] and not pick("no_reverse"), batch=batch,
-        iterations=iterations, schedule=iterations,     # `schedule`: what ε and lr are spread over; stays on a longer run
-        seed=args.seed or 0, precision=precision, recompute=bool(args.recompute), init=args.init and os.path.abspath(args.init),
-        log_every=10 if on_cpu else 100, eval_every=args.eval_every or max(1, iterations // (5 if quick else 20)),
-        eval_sequences=eval_sequences, valid_sequences=min(clips.valid_count, max(1, eval_sequences // 4), 500),
-        save_every=args.save_every or (100 if on_cpu else 1000),
-        # Only a run of the paper's own network, schedule and training is set beside the paper's figures.
-        whole=whole, as_published=not quick and iterations >= whole and all(getattr(args, name) is None for name in (
-            "hidden", "layers", "kernel", "patch", "batch", "lr", "no_reverse", "init", "frames_in", "horizon")),
-        device=device.type, versions=versions(device))
-    return config, clips, device
-
-
-def where(name_or_path):
-    """A dataset's name as it is, a file's path in full: a run is gone on with from any folder."""
-    return name_or_path if name_or_path in data.DATASETS else os.path.abspath(name_or_path)
-
-
-def versions(device):
-    """What a result depends on besides the settings."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, text=True,
-                                capture_output=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__, commit=commit, device=name)
-
-
-def build(config):
-    """The network of a run, on the CPU, as its seed makes it."""
-    torch.manual_seed(config["seed"])
-    network = dict(config["network"])
-    try:
-        model = model_file(config["model"]).MODEL(setup=config["setup"], variant=config["variant"],
-                                                  **network | dict(size=tuple(network["size"])))
-    except ValueError as error:
-        raise UserError(f"{config['model']}: {error}") from None
-    model.recompute = config["recompute"]
-    return model
-
-
-# ----------------------------------------------------------------------------------------------------------- training
-
 def make_optimizer(model, config):
     """Adam or AdamW. On CUDA it is two launches, and the learning rate lies on the device, as a graph needs it."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config["optimizer"]]
@@ -191,14 +228,6 @@ def make_optimizer(model, config):
     options = dict(lr=config["lr"]) if device.type == "cpu" else dict(
         lr=torch.tensor(config["lr"], device=device), fused=True, capturable=True)
     return kind(model.parameters(), weight_decay=config["weight_decay"], **options)
-
-
-def learning_rate(config, iteration):
-    """Constant, or a cosine from lr to final_lr over the schedule."""
-    if config["final_lr"] is None:
-        return config["lr"]
-    final = min(config["final_lr"], config["lr"])
-    return final + (config["lr"] - final) * (1 + math.cos(math.pi * min(1, iteration / config["schedule"]))) / 2
 
 
 def sampling_mask(model, config, iteration, device):
@@ -281,7 +310,7 @@ class Step:
             if processes.count == 1:
                 self.eager_calls = 2
             else:
-                processes.say("no CUDA graph: it is for a process alone; every step is launched kernel by kernel")
+                say("no CUDA graph: it is for a process alone; every step is launched kernel by kernel")
 
     def load(self, state):
         """Go on from an optimiser's state_dict, of any device: its moments and counts; the settings stay this device's own."""
@@ -328,38 +357,11 @@ class Step:
             problem = str(error).partition("\n")[0]
         torch._foreach_copy_(state, after)
         self.eager_calls = math.inf
-        processes.say(f"no CUDA graph: {problem}; every step is launched kernel by kernel")
+        say(f"no CUDA graph: {problem}; every step is launched kernel by kernel")
         return loss
 
 
-class Progress:
-    """One bar with a terminal; without one, a plain line now and then."""
-
-    def __init__(self, config, iteration):
-        self.batch, self.total, self.plain_at = config["batch"], config["iterations"], 0.0
-        self.start, self.begun = iteration, time.monotonic()
-        terminal = sys.stderr.isatty() and processes.first
-        self.bar = tqdm(total=self.total, initial=iteration, unit="it", dynamic_ncols=True) if terminal else None
-        self.text = ""
-
-    def step(self):
-        if self.bar:
-            self.bar.update()
-
-    def show(self, iteration, loss, epsilon, lr):
-        rate = (iteration - self.start) / (time.monotonic() - self.begun)
-        text = f"loss {loss:.4g}, ε {epsilon:.2f}, lr {lr:.2g}, {rate * self.batch:.1f} sequences/s"
-        if self.bar:
-            self.bar.set_postfix_str(text)
-        elif time.monotonic() - self.plain_at > 15:
-            left = (self.total - iteration) / rate
-            processes.say(f"iteration {iteration}/{self.total}: {text}, {left / 60:.0f} min left")
-            self.plain_at = time.monotonic()
-
-    def close(self):
-        if self.bar:
-            self.bar.close()
-
+# ----------------------------------------------------------------------------------------------------------- the loop
 
 def train(config, clips, device, folder, stop, checkpoint=None):
     """Train a run from where it stands to its end; leaves last.pt, best.pt and log.csv.
@@ -367,192 +369,261 @@ def train(config, clips, device, folder, stop, checkpoint=None):
     Returns the model and its validations, [[iteration, MSE], …].
     """
     model = build(config).to(device)
-    losses = torch.zeros(config["log_every"], device=device)      # of the iterations since the last line of the log
-    iteration, logged, seconds, validation = 0, 0, 0.0, []
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        iteration, logged, seconds, validation = (checkpoint[n] for n in ("iteration", "logged", "seconds", "validation"))
-        if processes.first:
-            losses += checkpoint["losses"].to(device)
     elif config["init"]:
-        load_weights(model, config, config["init"])
+        model.load_state_dict(initial_weights(config))
     step = Step(model, config, device)
+    iteration, validation = 0, []
     if checkpoint:
         step.load(checkpoint["optimizer"])
-    log = Log(folder, iteration)
-    progress, begun = Progress(config, iteration), time.monotonic() - seconds
+        iteration, validation = checkpoint["iteration"], checkpoint["validation"]
+    log = Log(folder, config, device, checkpoint)
     share = processes.share(config["batch"])
-    last = folder / "last.pt"
-    way_on = f"the last good checkpoint is {last}; try a lower --lr or --precision fp32"
+    way_on = f"the last good checkpoint is {folder / 'last.pt'}; try a lower --lr or --precision fp32"
 
-    def losses_since_logged():
-        """As numbers; one that is not finite ends the run before it is logged or saved."""
-        every = config["log_every"]
-        found = processes.sum(losses)[logged % every:(iteration - 1) % every + 1].tolist() if iteration > logged else []
-        for at, loss in enumerate(found, logged + 1):
+    def save(name):
+        log.check(iteration, way_on)
+        optimizer = step.optimizer.state_dict()
+        if not all_finite([*model.state_dict().values(), *optimizer["state"].values()]):
+            raise RunError(f"the weights were not finite at iteration {iteration}; {way_on}")
+        window = log.state()
+        if processes.first:
+            save_checkpoint(folder / name, dict(config=config, iteration=iteration, validation=validation, **window,
+                                                model=model.state_dict(), optimizer=optimizer))
+
+    while True:
+        # Everything due at this iteration comes first, so a run resumed here, or one that was stopped in the middle of
+        # it, does the same things in the same order.
+        done = iteration == config["iterations"]
+        if iteration and (iteration % config["eval_every"] == 0 or done) and iteration not in (k for k, _ in validation):
+            score = validate(model, config, clips, device, stop)
+            if score is not None:
+                if not math.isfinite(score):
+                    raise RunError(f"the validation's MSE was not finite at iteration {iteration}; {way_on}")
+                best = score < min((mse for _, mse in validation), default=math.inf)
+                validation.append([iteration, score])
+                say(f"iteration {iteration}: validation MSE {score:.2f}" + (", the best yet" if best else ""))
+                if best:
+                    save("best.pt")
+        asked = stop.agreed()
+        if iteration % config["save_every"] == 0 or done or asked:
+            save("last.pt")
+        if asked:
+            processes.maximum(0)    # who left before it is saved, would make torchrun end the one that saves
+            raise Interrupted(asked, f"stopped at iteration {iteration}, saved; go on with: "
+                                     f"python train.py --resume {folder}")
+        if done:
+            log.close()
+            return model, validation
+
+        frames = clips.train(config["seed"], iteration, config["batch"], share, device)
+        mask, epsilon = sampling_mask(model, config, iteration, device)
+        lr = learning_rate(config, iteration)
+        log.losses[iteration % config["log_every"]] = step(frames, mask, lr)
+        iteration += 1
+        log.tick(iteration, lr, epsilon, way_on)
+
+
+def learning_rate(config, iteration):
+    """Constant, or a cosine from lr to final_lr over the schedule."""
+    if config["final_lr"] is None:
+        return config["lr"]
+    final = min(config["final_lr"], config["lr"])
+    return final + (config["lr"] - final) * (1 + math.cos(math.pi * min(1, iteration / config["schedule"]))) / 2
+
+
+class Log:
+    """log.csv, the progress bar, and the losses on their way to both: they stay on the device, which is waited for every
+    `log_every` iterations and before a save.
+
+    Without a terminal a plain line now and then takes the bar's place. Lines of log.csv past the checkpoint that a run is
+    resumed from are cut off.
+    """
+
+    HEADER = ["iteration", "loss", "lr", "epsilon", "seconds"]
+
+    def __init__(self, folder, config, device, checkpoint):
+        self.config, self.path, self.plain_at = config, folder / "log.csv", 0.0
+        self.losses = torch.zeros(config["log_every"], device=device)        # of the iterations since the last line
+        self.start, self.logged, self.begun, rows = 0, 0, time.monotonic(), []
+        if checkpoint:
+            self.start, self.logged = checkpoint["iteration"], checkpoint["logged"]
+            self.begun -= checkpoint["seconds"]
+            self.losses += checkpoint["losses"].to(device) if processes.first else 0
+            rows = [row for row in read_log(self.path) if int(row[0]) <= self.start]
+        self.seconds_before = time.monotonic() - self.begun
+        if processes.first:
+            data.write_whole(self.path, "".join(",".join(row) + "\n" for row in [self.HEADER, *rows]).encode())
+        terminal = sys.stderr is not None and sys.stderr.isatty() and processes.first
+        self.bar = tqdm(total=config["iterations"], initial=self.start, unit="it", dynamic_ncols=True, disable=not terminal)
+
+    def state(self):
+        return dict(logged=self.logged, seconds=time.monotonic() - self.begun, losses=processes.sum(self.losses).cpu())
+
+    def check(self, iteration, way_on):
+        """The losses since the last line, as numbers; one that is not finite ends the run."""
+        every = self.config["log_every"]
+        found = processes.sum(self.losses)[self.logged % every:(iteration - 1) % every + 1].tolist() \
+            if iteration > self.logged else []
+        for at, loss in enumerate(found, self.logged + 1):
             if not math.isfinite(loss):
                 raise RunError(f"the loss was not finite at iteration {at}; {way_on}")
         return found
 
-    def save(path):
-        losses_since_logged()
-        if not torch.stack(torch._foreach_norm([*model.parameters()])).isfinite().all():
-            raise RunError(f"the weights were not finite at iteration {iteration}; {way_on}")
-        window = processes.sum(losses).cpu()
-        if processes.first:
-            save_checkpoint(path, dict(
-                config=config, iteration=iteration, logged=logged, seconds=time.monotonic() - begun, validation=validation,
-                losses=window, model=model.state_dict(), optimizer=step.optimizer.state_dict()))
-
-    try:
-        while True:
-            # Everything due at this iteration comes first, so a run resumed here, or one that was stopped in the middle
-            # of it, does the same things in the same order.
-            done = iteration == config["iterations"]
-            if iteration and (iteration % config["eval_every"] == 0 or done) and iteration not in (k for k, _ in validation):
-                score = validate(model, config, clips, device, stop)
-                if score is not None:
-                    best = min((mse for _, mse in validation), default=math.inf)
-                    validation.append([iteration, score])
-                    processes.say(f"iteration {iteration}: validation MSE {score:.2f}" + (", the best yet" if score < best else ""))
-                    if score < best:
-                        save(folder / "best.pt")
-            asked = stop.agreed()
-            if iteration % config["save_every"] == 0 or done or asked:
-                save(last)
-            if asked:
-                processes.maximum(0)    # who left before it is saved, would make torchrun end the one that saves
-                raise Interrupted(asked, f"stopped at iteration {iteration}, saved; go on with: "
-                                         f"python train.py --resume {folder}")
-            if done:
-                break
-
-            frames = clips.train(config["seed"], iteration, config["batch"], share, device)
-            mask, epsilon = sampling_mask(model, config, iteration, device)
-            lr = learning_rate(config, iteration)
-            losses[iteration % config["log_every"]] = step(frames, mask, lr)
-            iteration += 1
-            progress.step()
-            if iteration % config["log_every"] == 0 or iteration == config["iterations"]:
-                found = losses_since_logged()
-                mean, logged = sum(found) / len(found), iteration
-                log.add(iteration, mean, lr, epsilon, time.monotonic() - begun)
-                progress.show(iteration, mean, epsilon, lr)
-    finally:
-        progress.close()
-    return model, validation
-
-
-class Log:
-    """log.csv: a line every so often. Lines past the checkpoint that a run is resumed from are cut off."""
-
-    HEADER = ["iteration", "loss", "lr", "epsilon", "seconds"]
-
-    def __init__(self, folder, iteration):
-        self.path = folder / "log.csv"
-        rows = [self.HEADER]
-        if iteration and self.path.exists():
-            rows += [row for row in read_log(self.path) if int(row[0]) <= iteration]
-        if processes.first:
-            data.write_whole(self.path, "".join(",".join(row) + "\n" for row in rows).encode())
-
-    def add(self, iteration, loss, lr, epsilon, seconds):
+    def tick(self, iteration, lr, epsilon, way_on):
+        """An iteration is done; every `log_every` of them, and the last, give a line."""
+        self.bar.update()
+        if iteration % self.config["log_every"] and iteration != self.config["iterations"]:
+            return
+        found = self.check(iteration, way_on)
+        loss, self.logged, seconds = sum(found) / len(found), iteration, time.monotonic() - self.begun
         if processes.first:
             with open(self.path, "a") as file:
                 file.write(f"{iteration},{loss!r},{lr!r},{epsilon!r},{seconds:.2f}\n")
+        rate = (iteration - self.start) / (seconds - self.seconds_before)
+        text = f"loss {loss:.4g}, ε {epsilon:.2f}, lr {lr:.2g}, {rate * self.config['batch']:.1f} sequences/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and time.monotonic() - self.plain_at > 15:
+            left = (self.config["iterations"] - iteration) / rate
+            say(f"iteration {iteration}/{self.config['iterations']}: {text}, {left / 60:.0f} min left")
+            self.plain_at = time.monotonic()
+
+    def close(self):
+        self.bar.close()
 
 
 def read_log(path):
-    """The whole rows of a log.csv: a process killed while it wrote may have left half a line at the end."""
-    text = path.read_text()
-    return list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))[1:]
+    """The rows of a log.csv, [] where there is none: a process killed while it wrote may have left half a line."""
+    if not path.exists():
+        return []
+    with data.reading(path, "move it away to go on without it") as file:
+        text = file.read().decode()
+        rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))[1:]
+        for iteration, loss, lr, epsilon, seconds in rows:
+            int(iteration), [float(number) for number in (loss, lr, epsilon, seconds)]
+    return rows
+
+
+def all_finite(states):
+    """Whether all tensors of a list of tensors and dicts of tensors are finite, at one look."""
+    tensors = [t for state in states for t in (state.values() if isinstance(state, dict) else [state])]
+    largest = torch._foreach_norm([t for t in tensors if t.is_floating_point() and t.numel() > 1], math.inf)
+    return bool(torch.stack(largest).isfinite().all())
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
 
-@torch.no_grad()
-def score_batches(model, config, part, count, device, stop, baselines=False):
-    """Forecast sequences 0 … count - 1 of a part of the clips and score them.
+class Forecaster:
+    """A trained model at work: predictions of batches, in as small pieces as the device's memory wants.
 
-    part: (start, stop, device) -> clips and where their scores count. Yields a dict for each batch of this process:
-    "forecast" and "all_predictions" (and "repeat_last", "black") -> (predictions, truth, mask), each (b, frames, C, H, W).
+    piece: sequences at a time; halved until they fit. frames (B, T, C, H, W) in [0, 1], NaN where there are no data: there
+    the model reads 0. Returns (B, T-1+horizon, C, H, W), float32, not clipped; with `extras` the model's too.
     """
-    share = processes.share(count)
-    model.eval()
+
+    def __init__(self, model, config, piece=EVAL_BATCH):
+        self.model, self.config, self.piece = model, config, piece
+
+    @torch.no_grad()
+    def __call__(self, frames, horizon, extras=None):
+        frames = frames.nan_to_num(0.0)
+        while True:
+            try:
+                with autocast(frames.device, self.config["precision"]):
+                    if extras is not None:
+                        predictions, found = self.model(frames, horizon=horizon, extras=extras)
+                        return predictions.float(), found
+                    return torch.cat([self.model(part, horizon=horizon).float() for part in frames.split(self.piece)])
+            except (MemoryError, RuntimeError) as error:
+                if self.piece == 1 or extras is not None or not out_of_memory(error):
+                    raise
+            self.piece //= 2        # out of the handler, so that what did not fit is gone
+
+
+def batches(part, total, horizon, forecast, device, stop):
+    """Sequences 0 … total - 1 of a part of the clips, with their predictions, batch by batch of this process's share.
+
+    part: (start, stop, device) -> frames (b, T, C, H, W), of which `horizon` are to be forecast. Yields (start, stop),
+    frames and predictions (b, T-1, C, H, W).
+    """
+    share = processes.share(total)
     # All take the rounds of the largest share, so that they can agree in each to stop, and one more, which only asks.
-    for done in range(0, -(-count // processes.count) + EVAL_BATCH, EVAL_BATCH):
+    for done in range(0, -(-total // processes.count) + EVAL_BATCH, EVAL_BATCH):
         if asked := stop.agreed():
             raise Interrupted(asked, "stopped during the evaluation; the run is whole, and --eval RUN evaluates it")
         start = share.start + done
-        if start >= share.stop:
-            continue
-        frames, mask = part(start, min(start + EVAL_BATCH, share.stop), device)
-        horizon = frames.shape[1] - config["frames_in"]
-        with autocast(device, config["precision"]):
-            predictions = model(frames[:, :-horizon], horizon=horizon)
-        everything = predictions.float(), frames[:, 1:], None if mask is None else mask[:, 1:]
-        forecast, truth, counts = (v if v is None else v[:, -horizon:] for v in everything)
-        found = {"forecast": (forecast, truth, counts), "all_predictions": everything}
-        if baselines:
-            found["repeat_last"] = (frames[:, -horizon - 1:-horizon].expand_as(truth), truth, counts)
-            found["black"] = (torch.zeros_like(truth), truth, counts)
-        yield found
-    model.train()
+        if start < share.stop:
+            rows = start, min(start + EVAL_BATCH, share.stop)
+            frames = part(*rows, device)
+            yield rows, frames, forecast(frames[:, :-horizon], horizon)
 
 
 def validate(model, config, clips, device, stop):
     """The forecast's mean MSE over some of the validation set; None if the user asks to stop meanwhile."""
+    scores, horizon = [], config["horizon"]
     try:
-        mse = [metrics.frame_scores(*batch["forecast"])["mse"].cpu() for batch in score_batches(
-            model, config, lambda *rows: (clips.valid(*rows), None), config["valid_sequences"], device, stop)]
+        for _, frames, predictions in batches(clips.valid, config["valid_sequences"], horizon, Forecaster(model, config),
+                                              device, stop):
+            scores.append(metrics.frame_scores(predictions[:, -horizon:], frames[:, -horizon:])["mse"])
     except Interrupted:
         return None
-    mse = torch.cat([torch.empty(0, config["horizon"], dtype=torch.float64), *mse])
+    mse = torch.cat(scores).cpu() if scores else torch.empty(0, horizon, dtype=torch.float64)
     return torch.cat(processes.from_all(mse)).mean().item()
 
 
-def evaluate(model, config, clips, device, stop):
-    """All scores of the test set: {"forecast": {"mse": {"mean": …, "frames": […]}, …}, "all_predictions": …, …}."""
-    scores, rain = {}, {}
-    for batch in score_batches(model, config, lambda *rows: (clips.test(*rows), clips.test_mask(*rows)),
-                               config["eval_sequences"], device, stop, baselines=True):
-        for name, (predictions, truth, mask) in batch.items():
-            scores.setdefault(name, []).append({k: v.cpu() for k, v in metrics.frame_scores(predictions, truth, mask).items()})
+def evaluate(model, config, clips, device, stop, piece=EVAL_BATCH):
+    """All scores of the test set: {"forecast": {"mse": {"mean": …, "frames": […]}, …}, "all_predictions": …, …}, and how
+    many sequences went through the model at a time."""
+    scores, rain, horizon = {}, {}, clips.test_horizon
+    forecast = Forecaster(model, config, piece)
+    for rows, frames, predictions in batches(clips.test, config["eval_sequences"], horizon, forecast, device, stop):
+        counts = clips.test_mask(*rows, device)
+        shown = {"forecast": (predictions[:, -horizon:], slice(-horizon, None)),
+                 "all_predictions": (predictions, slice(1, None)),
+                 "repeat_last": (frames[:, -horizon - 1:-horizon].expand_as(frames[:, -horizon:]), slice(-horizon, None)),
+                 "black": (torch.zeros_like(frames[:, -horizon:]), slice(-horizon, None))}
+        for name, (made, at) in shown.items():
+            truth, where = frames[:, at], None if counts is None else counts[:, at]
+            scores.setdefault(name, []).append(metrics.frame_scores(made, truth, where))
             if clips.unit == "mm/h":
-                counts = metrics.event_counts(clips.to_units(predictions.clamp(0, 1)), clips.to_units(truth),
-                                              metrics.RAIN_THRESHOLDS, mask)
-                rain[name] = rain.get(name, 0) + counts.cpu()
-    scores, rain = processes.from_all(scores), processes.from_all(rain)
+                found = metrics.event_counts(clips.to_units(made.clamp(0, 1)), clips.to_units(truth),
+                                             metrics.RAIN_THRESHOLDS, where)
+                rain[name] = rain.get(name, 0) + found
+    scores = {name: {k: torch.cat([batch[k] for batch in parts]).cpu() for k in parts[0]} for name, parts in scores.items()}
+    rain = {name: found.cpu() for name, found in rain.items()}
+    scores, rain, pieces = (processes.from_all(found) for found in (scores, rain, forecast.piece))
     summaries = {}
-    for name in scores[0]:
-        batches = [batch for part in scores for batch in part.get(name, [])]
-        summaries[name] = metrics.summarize({k: torch.cat([batch[k] for batch in batches]) for k in batches[0]})
+    for name in next(part for part in scores if part):
+        parts = [part[name] for part in scores if name in part]
+        summaries[name] = metrics.summarize({k: torch.cat([part[k] for part in parts]) for k in parts[0]})
         if clips.unit == "mm/h":
             summaries[name] |= metrics.csi_hss(sum(part[name] for part in rain if name in part), metrics.RAIN_THRESHOLDS)
-    return summaries
+    return summaries, min(pieces)
 
 
 def finish(model, config, clips, folder, iteration, validation, stop, weights="last", suffix=""):
     """Evaluate trained weights: write results.json and pictures (`suffix` tells others apart), print the table."""
     device = next(model.parameters()).device
-    count = config["eval_sequences"]
-    processes.say(f"evaluating {count} of {clips.test_count} test sequences ({clips.test_set})")
-    summaries = evaluate(model, config, clips, device, stop)
+    number, path = config["eval_sequences"], folder / f"results{suffix}.json"
+    say(f"evaluating {number} of {clips.test_count} test sequences ({clips.test_set})")
+    before = read_results(path) if path.exists() else {}
+    summaries, piece = evaluate(model, config, clips, device, stop, before.get("eval_batch", EVAL_BATCH))
     results = dict(model=config["model"], variant=config["variant"], setup=config["setup"], data=clips.name,
-                   test_set=clips.test_set, sequences=count, frames_in=config["frames_in"], horizon=clips.test_horizon,
-                   iteration=iteration, weights=weights, unit=clips.unit, validation=validation, **summaries)
+                   test_set=clips.test_set, sequences=number, frames_in=config["frames_in"], horizon=clips.test_horizon,
+                   iteration=iteration, weights=weights, precision=config["precision"], unit=clips.unit, eval_batch=piece,
+                   validation=validation, **summaries)
     if not processes.first:
         return
-    write_json(folder / f"results{suffix}.json", results)
+    write_json(path, results)
     picture = folder / f"forecast{suffix}.png"
     write_film_strip(model, config, clips, device, picture, iteration)
     # MS-LSTM's released code has PSNR and SSIM of its own; the table shows those that the papers of the set-up report.
     own = {"psnr": "psnr_float", "ssim": "ssim_gaussian"} if config["setup"] == "fullres" else {}
     published = [{own.get(k, k): v for k, v in row.items()} for row in published_scores(config, clips)]
-    print(f"\n{label_of(config, clips, iteration)}, {count} test sequences\n")
-    print(metrics.table(summaries, published, [own.get(m, m) for m in ("mse", "mae", "psnr", "ssim")], clips.unit,
-                        config["precision"]))
-    print(f"\npictures: {picture}\nresults:  {folder / f'results{suffix}.json'}")
+    say(f"\n{label_of(config, clips, iteration)}, {number} test sequences\n")
+    say(metrics.table(summaries, published, [own.get(m, m) for m in ("mse", "mae", "psnr", "ssim")], clips.unit,
+                      config["precision"]))
+    say(f"\npictures: {picture}\nresults:  {path}")
 
 
 def published_scores(config, clips):
@@ -592,15 +663,19 @@ def write_film_strip(model, config, clips, device, path, iteration, sequences=3)
 
 def new_folder(args, config, clips):
     """Make the folder of a new run; its name is given, or model, variant, data and a running number."""
-    folder, refusal = None, None
+    folder, refusal, out = None, None, Path(args.out or "runs")
     if processes.first:
         try:
-            folder = make_folder(Path(args.out or "runs"), args.name, f"{config['model']}-{config['variant']}-{clips.name}")
-            write_json(folder / "config.json", config)
+            folder = make_folder(out, args.name, f"{config['model']}-{config['variant']}-{clips.name}")
+            try:
+                write_json(folder / "config.json", config)
+            except OSError:
+                folder.rmdir()
+                raise
         except UserError as error:
             refusal = error
         except OSError as error:
-            refusal = UserError(f"--out {args.out or 'runs'}: {error.strerror}")
+            refusal = UserError(f"--out {out}: {error.strerror}")
     folder, refusal = processes.from_first((folder, refusal))
     if refusal:
         raise refusal
@@ -612,7 +687,7 @@ def make_folder(out, name, otherwise):
     if name and (Path(name).name != name or name.startswith(".")):
         raise UserError(f"--name {name}: a plain name, please; the folder is given with --out")
     out.mkdir(parents=True, exist_ok=True)
-    for number in range(1, sys.maxsize):
+    for number in count(1):
         folder = out / (name or f"{otherwise}-{number}")
         try:
             folder.mkdir()
@@ -623,77 +698,176 @@ def make_folder(out, name, otherwise):
 
 
 def write_json(path, content):
-    data.write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    data.write_whole(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def save_checkpoint(path, checkpoint):
-    data.write_whole(path, lambda file: torch.save(checkpoint, file))
+    content = io.BytesIO()          # first in memory: torch hides what a full disk says
+    torch.save(checkpoint, content)
+    data.write_whole(path, content.getbuffer())
 
 
-CHECKPOINT = ("config", "iteration", "logged", "seconds", "validation", "losses", "model", "optimizer")
+def read_results(path):
+    """A results.json."""
+    with data.reading(path, "delete it to have the run evaluated again") as file:
+        results = json.loads(file.read())
+        int(results["iteration"]), int(results["sequences"]), int(results["eval_batch"])
+        for name in ("forecast", "repeat_last"):
+            for summary in results[name].values():
+                for value in [summary["mean"], *summary["frames"]]:
+                    value is None or float(value)
+    return results
 
 
-def load_checkpoint(run):
-    """A run's folder (its last.pt) or one of its checkpoints: (the folder, "last" or "best", the checkpoint)."""
+# What a checkpoint's config holds, by type: one that differs was not written by this program, or was damaged.
+CONFIG = {str: "model variant setup data data_dir optimizer loss precision device", dict: "network options clips versions",
+          int: "frames_in horizon batch iterations schedule seed log_every eval_every save_every eval_sequences "
+               "valid_sequences whole", float: "lr weight_decay", bool: "quick reverse recompute graph as_published"}
+
+
+class Run(NamedTuple):
+    """A run as it lies on the disk."""
+
+    folder: Path
+    weights: str                # "last" or "best"
+    config: dict
+    checkpoint: dict
+    model: torch.nn.Module      # on the CPU, with the checkpoint's weights
+
+
+def open_run(run):
+    """Read a run by its folder (its last.pt) or one of its checkpoints, and check all of it."""
     path = Path(run)
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
         what = "the run was stopped before its first checkpoint" if (path.parent / "config.json").exists() else "no such run"
         raise UserError(f"{run}: {what} ({path} is missing)")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["config"]["as_published"], [checkpoint[name] for name in CHECKPOINT]
-    except Exception:
-        raise UserError(f"{path}: not a checkpoint of train.py, or a damaged one") from None
-    return path.parent, path.stem, checkpoint
-
-
-def load_weights(model, config, run):
-    """--init: the weights of another run, which must be of the same network."""
-    _, _, checkpoint = load_checkpoint(run)
-    other = checkpoint["config"]
-    try:
-        if any(other[name] != config[name] for name in ("model", "variant", "setup")):
-            raise RuntimeError
+    with data.reading(path, "it is no checkpoint of train.py, or a damaged one") as file:
+        if damaged := zipfile.ZipFile(file).testzip():              # torch.load looks at no checksum
+            raise ValueError(f"the checksum of {damaged} differs")
+        file.seek(0)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        config = checkpoint["config"]
+        for kind, names in CONFIG.items():
+            for name in names.split():
+                if type(config[name]) is not kind:
+                    raise TypeError(f"{name} is {config[name]!r}")
+        model = build(config)
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        raise UserError(f"--init {run}: another network ({other['model']} {other['variant']} {other['setup']}, "
-                        f"{other['network']})") from None
+        if not all_finite([*model.parameters()]):
+            raise ValueError("weights that are not finite")
+        parameters, (iteration, logged) = [*model.parameters()], (checkpoint["iteration"], checkpoint["logged"])
+        if not 0 <= logged <= iteration or checkpoint["losses"].shape != (config["log_every"],):
+            raise ValueError("it stands at no iteration")
+        float(checkpoint["seconds"]), [(int(k), float(mse)) for k, mse in checkpoint["validation"]]
+        for number, moments in checkpoint["optimizer"]["state"].items():
+            if {moments[name].shape for name in ("exp_avg", "exp_avg_sq")} != {parameters[number].shape}:
+                raise ValueError("the optimiser's state is of another network")
+    return Run(path.parent, path.stem, config, checkpoint, model)
 
 
-def open_run_data(config, args, training=False):
+def initial_weights(config):
+    """--init: the weights of another run, which must be of the same network."""
+    run = open_run(config["init"])
+    for name in ("model", "variant", "setup", "network"):
+        one, two = config[name], run.config[name]
+        if name == "network" and build(config).state_dict().keys() == run.model.state_dict().keys():
+            one, two = ({k: tuple(v.shape) for k, v in model.state_dict().items()} for model in (build(config), run.model))
+            one, two = ({k: v for k, v in shapes.items() if one[k] != two[k]} for shapes in (one, two))
+        if one != two:
+            raise UserError(f"--init {config['init']}: another network: its {name} is {two}, here {one}")
+    return run.checkpoint["model"]
+
+
+def open_run_data(run, args, training=False):
     """The clips that a run was trained on; they may not have changed, for more training in nothing that it sees."""
-    clips = data.open_data(config["data"], args.data_dir or config["data_dir"], config["setup"], config["frames_in"],
-                           config["horizon"], config["normalize"], config["box"])
-    now, then = clips.info(), config["clips"]
-    for name in ("channels", "size", "scale", *(("train_count", "valid_count") if training else ())):
-        if json.dumps(now.get(name)) != json.dumps(then.get(name)):
+    config = run.config
+    clips = data.open_data(config["data"], data_dir_of(run, args), config["setup"], config["frames_in"], config["horizon"],
+                           **config["options"])
+    now, then = json_safe(clips.info()), config["clips"]
+    for name in ("channels", "size", "scale", *(("train_count", "valid_count", "checksum") if training else ())):
+        if now.get(name) != then.get(name):
             raise UserError(f"{config['data']} is not what the run was trained on: {name} is {now.get(name)} now, was "
                             f"{then.get(name)}; put the old data back, or start a new run with --init")
     return clips
+
+
+def data_dir_of(run, args):
+    """Where a run's data lie: where the command line says, or where they lay, if the run lies where it was trained.
+
+    Datasets are unpacked there, and a run from elsewhere may not say where this program writes.
+    """
+    here = os.path.abspath(run.folder) == run.config.get("folder")
+    return args.data_dir or (run.config["data_dir"] if here else "data")
+
+
+def load(run, device="cpu"):
+    """A trained model for code of one's own, and the run's config.
+
+    run: a folder of a run, or one of its checkpoints. The model is on the device, in eval mode. config["clips"] says what
+    it reads: frames_in, channels, size and the scale of its pixels.
+    """
+    run = open_run(run)
+    return run.model.to(device).eval(), run.config
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
 
 def command_train(args):
     config, clips, device = settings(args)
-    model = build(config)           # a network that cannot be built, or not from --init, leaves no folder behind
-    if args.init:
-        load_weights(model, config, args.init)
+    build(config)                   # a network that cannot be built, or not from --init, leaves no folder behind
+    if config["init"]:
+        initial_weights(config)
     processes.start()
     folder = new_folder(args, config, clips)
-    processes.say(f"{folder}: {config['model']} {config['variant']}, {config['setup']}, {clips.name}, "
-                  f"{sum(p.numel() for p in model.parameters()):,} parameters, {config['iterations']:,} iterations of "
-                  f"{config['batch']}, {config['precision']} on {config['versions']['device']}")
+    config["folder"] = os.path.abspath(folder)
+    parameters, _ = cost(model_file(config["model"]), 2, setup=config["setup"], variant=config["variant"], **config["network"])
+    say(f"{folder}: {config['model']} {config['variant']}, {config['setup']}, {clips.name}, {parameters:,} parameters, "
+        f"{config['iterations']:,} iterations of {config['batch']}"
+        f"{', each forwards and reversed' if config['reverse'] else ''}, {config['precision']} on {config['versions']['device']}")
     for note in clips.notes:
-        processes.say(note)
-    run(config, clips, device, folder)
+        say(note)
+    work(config, clips, device, folder)
 
 
-def run(config, clips, device, folder, checkpoint=None):
-    """Train to the end and evaluate."""
+def command_resume(args):
+    run = open_run(args.resume)
+    config = run.config
+    if run.weights != "last":
+        raise UserError(f"--resume {args.resume}: a run goes on from its last checkpoint; give its folder")
+    check_shares(f"--resume {args.resume}: its batch of", config["batch"], f"--nproc_per_node={config['batch']} at the most")
+    device = device_of(args.device or config["device"])
+    if not computes_in(device, config["precision"]):
+        say(f"this CPU has no {config['precision']} arithmetic: going on in fp32")
+        config["precision"] = "fp32"
+    precision_of(config["precision"], device)
+    clips = open_run_data(run, args, training=True)
+    config |= dict(device=device.type, versions=versions(device), data_dir=os.path.abspath(data_dir_of(run, args)),
+                   folder=os.path.abspath(run.folder))
+    for name in ("eval_every", "eval_sequences", "save_every"):
+        config[name] = getattr(args, name) or config[name]
+    config["eval_sequences"] = min(config["eval_sequences"], clips.test_count)
+    config["graph"] = config["graph"] and not args.no_graph
+    at = run.checkpoint["iteration"]
+    if args.iterations:
+        if args.iterations < at:
+            raise UserError(f"--iterations {args.iterations}: the run already stands at iteration {at}")
+        if args.iterations > config["schedule"] and config["final_lr"] is not None:
+            raise UserError(f"--iterations {args.iterations}: the learning rate falls to its end over {config['schedule']} "
+                            f"iterations, so this run cannot go on; start a new one with --init {run.folder}")
+        config["iterations"] = args.iterations
+    processes.start()
+    say(f"{run.folder}: going on from iteration {at} of {config['iterations']}")
+    work(config, clips, device, run.folder, run.checkpoint)
+
+
+def work(config, clips, device, folder, checkpoint=None):
+    """Train to the end and evaluate, alone in the run's folder."""
     try:
-        with Stop() as stop:
+        alone = data.alone_in(folder, wait=False) if processes.first else contextlib.nullcontext()
+        with Stop() as stop, alone:
+            if processes.first:
+                write_json(folder / "config.json", config)
             model, validation = train(config, clips, device, folder, stop, checkpoint)
             finish(model, config, clips, folder, config["iterations"], validation, stop)
     except (MemoryError, RuntimeError) as error:
@@ -706,94 +880,70 @@ def run(config, clips, device, folder, checkpoint=None):
         raise
 
 
-def out_of_memory(error):
-    """Whether an error says so: CUDA's has a type of its own, the CPU allocator's has not."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error) or \
-        "not enough memory" in str(error)
-
-
-def command_resume(args):
-    folder, weights, checkpoint = load_checkpoint(args.resume)
-    if weights != "last":
-        raise UserError(f"--resume {args.resume}: a run goes on from its last checkpoint; give its folder")
-    config = checkpoint["config"]
-    check_shares(f"--resume {args.resume}: its batch of", config["batch"], f"--nproc_per_node={config['batch']} at the most")
-    device = device_of(args.device or config["device"])
-    if not computes_in(device, config["precision"]):
-        processes.say(f"this CPU has no {config['precision']} arithmetic: going on in fp32")
-        config["precision"] = "fp32"
-    precision_of(config["precision"], device)
-    config |= dict(device=device.type, versions=versions(device), data_dir=os.path.abspath(args.data_dir or config["data_dir"]))
-    for name in ("eval_every", "eval_sequences", "save_every"):
-        config[name] = getattr(args, name) or config[name]
-    if args.iterations:
-        if args.iterations < checkpoint["iteration"]:
-            raise UserError(f"--iterations {args.iterations}: the run already stands at iteration {checkpoint['iteration']}")
-        if args.iterations > config["schedule"] and config["final_lr"] is not None:
-            raise UserError(f"--iterations {args.iterations}: the learning rate falls to its end over {config['schedule']} "
-                            f"iterations, so this run cannot go on; start a new one with --init {folder}")
-        config["iterations"] = args.iterations
-    clips = open_run_data(config, args, training=True)
-    config["eval_sequences"] = min(config["eval_sequences"], clips.test_count)
-    processes.start()
-    if processes.first:
-        write_json(folder / "config.json", config)
-    processes.say(f"{folder}: going on from iteration {checkpoint['iteration']} of {config['iterations']}")
-    run(config, clips, device, folder, checkpoint)
-
-
 def trained(args, run):
-    """A run's folder, which weights, config, clips, model on a device, iteration and validation."""
-    folder, weights, checkpoint = load_checkpoint(run)
-    config = checkpoint["config"]
+    """A run whose model is to be used: on the device for it, in an arithmetic that the device has."""
+    run = open_run(run)
     device = device_of(args.device, quick=True)
-    same = device.type == config["device"] and computes_in(device, config["precision"])
-    config["precision"] = precision_of(config["precision"] if same else None, device)
-    model = build(config)
-    model.load_state_dict(checkpoint["model"])
-    return folder, weights, config, model.to(device), device, checkpoint
+    same = device.type == run.config["device"] and computes_in(device, run.config["precision"])
+    run.config["precision"] = precision_of(run.config["precision"] if same else None, device)
+    return run._replace(model=run.model.to(device)), device
+
+
+def which_evaluation(run, args, clips):
+    """Set how many test sequences to evaluate; returns the suffix of the evaluation's files: a run's own results stay."""
+    suffix = "" if run.weights == "last" else f"-{run.weights}"
+    number = min(args.eval_sequences or run.config["eval_sequences"], clips.test_count)
+    if number != run.config["eval_sequences"]:
+        run.config["eval_sequences"] = number
+        suffix += f"-{number}-sequences"
+    return suffix
 
 
 def command_eval(args):
-    folder, weights, config, model, _, checkpoint = trained(args, args.eval)
-    clips = open_run_data(config, args)
-    suffix = which_evaluation(args, config, clips, weights)
+    run, device = trained(args, args.eval)
+    clips = open_run_data(run, args)
+    suffix = which_evaluation(run, args, clips)
     with Stop() as stop:
-        finish(model, config, clips, folder, checkpoint["iteration"], checkpoint["validation"], stop, weights, suffix)
-
-
-def which_evaluation(args, config, clips, weights):
-    """Set how many test sequences to evaluate; returns the suffix of the evaluation's files: a run's own results stay."""
-    suffix = "" if weights == "last" else f"-{weights}"
-    count = min(args.eval_sequences or config["eval_sequences"], clips.test_count)
-    if count != config["eval_sequences"]:
-        config["eval_sequences"] = count
-        suffix += f"-{config['eval_sequences']}-sequences"
-    return suffix
+        finish(run.model, run.config, clips, run.folder, run.checkpoint["iteration"], run.checkpoint["validation"], stop,
+               run.weights, suffix)
 
 
 def command_predict(args):
     """Forecast beyond the end of every film of a file; an array in the file's own units, and pictures."""
     if not args.data:
-        raise UserError("--predict RUN needs --data X: a .npy file with the frames to go on from")
-    folder, _, config, model, device, checkpoint = trained(args, args.predict)
+        raise UserError("--predict RUN needs --data X: a file with the frames to go on from")
+    run, device = trained(args, args.predict)
+    config = run.config
     films = data.open_films(args.data, config["clips"])
-    horizon = args.horizon or config["horizon"]
-    path = next(p for n in range(1, sys.maxsize) if not (p := folder / f"predict-{Path(args.data).stem}-{n}.npy").exists())
+    horizon, stem, forecast = args.horizon or config["horizon"], Path(args.data).stem, Forecaster(run.model, config)
     forecasts = []
-    with torch.no_grad(), autocast(device, config["precision"]):
-        for start in tqdm(range(0, films.count, EVAL_BATCH), desc="forecast", disable=not sys.stderr.isatty()):
-            frames = films.frames(start, min(start + EVAL_BATCH, films.count), device)
-            forecasts.append(model(frames, horizon=horizon)[:, -horizon:].float().cpu())
-    forecast = torch.cat(forecasts)
-    array = films.as_file(forecast)
-    data.write_whole(path, lambda file: np.save(file, array))
-    known, future = films.frames(0, 1)[0], forecast[0].clamp(0, 1)
-    title = f"{config['model']} {config['variant']} {config['setup']}, {Path(args.data).name}, iteration {checkpoint['iteration']}"
+    for start in tqdm(range(0, films.count, EVAL_BATCH), desc="forecast", disable=not sys.stderr.isatty()):
+        frames = films.frames(start, min(start + EVAL_BATCH, films.count), device)
+        forecasts.append(forecast(frames, horizon)[:, -horizon:].cpu())
+    forecasts = torch.cat(forecasts)
+    array = films.as_file(forecasts)
+    content = io.BytesIO()
+    np.save(content, array)
+    path = write_new(run.folder, f"predict-{stem}", ".npy", content.getbuffer())
+    title = f"{config['model']} {config['variant']} {config['setup']}, {Path(args.data).name}, iteration {run.checkpoint['iteration']}"
+    known = films.frames(0, 1)[0]
     data.write_whole(path.with_suffix(".png"), metrics.png(metrics.film_sheet(
-        [metrics.Film("", len(known), known.cpu(), {"": future})], title)))
-    print(f"{path}: {array.dtype} {array.shape}, {horizon} frames beyond the end of {films.count} film(s)\n"
-          f"{path.with_suffix('.png')}: the first of them")
+        [metrics.Film("", len(known), known.cpu(), {"": forecasts[0].clamp(0, 1)})], title)))
+    say(f"{path}: {array.dtype} {array.shape}, {horizon} frames beyond the end of {films.count} film(s)\n"
+        f"{path.with_suffix('.png')}: the first of them")
+
+
+def write_new(folder, stem, suffix, content):
+    """Write a file that is nobody's yet: stem-1, stem-2 …, whichever is free, also when others do so at the same time."""
+    temporary = data.write_whole(folder / f".{stem}-{os.getpid()}.tmp", content)
+    try:
+        for number in count(1):
+            path = folder / f"{stem}-{number}{suffix}"
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+                return path
+    finally:
+        temporary.unlink()
 
 
 # What the papers count a sequence's cost on: channels (of TaxiBJ the inflow), side of a frame, frames.
@@ -802,35 +952,35 @@ PAPER_FRAMES = {"moving_mnist": (1, 64, 20), "taxibj": (1, 32, 8), "kth": (1, 12
 
 def command_list(args):
     """Every model and variant with its cost; with --data, beside the figures that the papers print for that dataset."""
-    if args.data and args.data not in PAPER_FRAMES:
+    if args.data is not None and args.data not in PAPER_FRAMES:
         raise UserError(f"--list --data {args.data}: the papers count costs on {', '.join(PAPER_FRAMES)}")
     if args.data:
         return list_published(args.data, args.setup)
-    print(f"Costs of one sequence of 20 frames of 64×64, read and predicted\n\n"
-          f"{'model':12} {'variant':20} {'set-up':8} {'parameters':>10} {'MACs':>7}  what it is")
+    say(f"Costs of one sequence of 20 frames of 64×64, read and predicted\n\n"
+        f"{'model':12} {'variant':20} {'set-up':8} {'parameters':>10} {'MACs':>7}  what it is")
     for name in MODELS:
         module = model_file(name)
-        for setup in [args.setup or module.DEFAULT_SETUP]:
-            for variant, meaning in module.VARIANTS.items():
-                parameters, macs = cost(module, setup, variant, *PAPER_FRAMES["moving_mnist"])
-                print(f"{name:12} {variant:20} {setup:8} {parameters:>10,} {macs / 1e9:>6.1f}G  {meaning}")
+        setup = args.setup or module.DEFAULT_SETUP
+        for variant, meaning in module.VARIANTS.items():
+            parameters, macs = cost(module, 20, setup=setup, variant=variant)
+            say(f"{name:12} {variant:20} {setup:8} {parameters:>10,} {macs / 1e9:>6.1f}G  {meaning}")
 
 
 def list_published(dataset, setup):
     """The papers' cost tables for a dataset, counted again."""
     channels, side, frames = PAPER_FRAMES[dataset]
-    print(f"{dataset}: {frames} frames of {channels}×{side}×{side}; MACs are multiply-accumulates of one sequence\n\n"
-          f"{'':32} {'parameters':>19}   {'MACs':>17}\n"
-          f"{'model':12} {'variant':10} {'set-up':8} {'counted':>10} {'printed':>8}   {'counted':>8} {'printed':>8}   printed in")
+    say(f"{dataset}: {frames} frames of {channels}×{side}×{side}; MACs are multiply-accumulates of one sequence\n\n"
+        f"{'':32} {'parameters':>19}   {'MACs':>17}\n"
+        f"{'model':12} {'variant':10} {'set-up':8} {'counted':>10} {'printed':>8}   {'counted':>8} {'printed':>8}   printed in")
     for name in MODELS:
         module = model_file(name)
         for row in module.PUBLISHED:
             if row["data"] != dataset or setup not in (None, row["setup"]) or not {"params", "macs"} & {*row}:
                 continue
-            parameters, macs = cost(module, row["setup"], row["variant"], channels, side, frames)
-            print(f"{name:12} {row['variant']:10} {row['setup']:8} {parameters:>10,} {row.get('params', '–'):>8}   "
-                  f"{as_printed(macs, row.get('macs', '1.0G')):>8} {row.get('macs', '–'):>8}   {row['source']}"
-                  + (f"  ≠ {row['note']}" if "note" in row else ""))
+            parameters, macs = cost(module, frames, channels, side, setup=row["setup"], variant=row["variant"])
+            say(f"{name:12} {row['variant']:10} {row['setup']:8} {parameters:>10,} {row.get('params', '–'):>8}   "
+                f"{as_printed(macs, row.get('macs', '1.0G')):>8} {row.get('macs', '–'):>8}   {row['source']}"
+                + (f"  ≠ {row['note']}" if "note" in row else ""))
 
 
 def as_printed(value, like):
@@ -839,31 +989,21 @@ def as_printed(value, like):
     return f"{value / dict(M=1e6, G=1e9)[like[-1]]:.{decimals}f}{like[-1]}"
 
 
-def cost(module, setup, variant, channels, side, frames):
-    """Parameters, and multiply-accumulates of one sequence as in training, counted by torch without computing anything.
-
-    One step is counted: all cost the same, whatever they read.
-    """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model = module.MODEL(channels=channels, size=side, setup=setup, variant=variant)
-        model(torch.empty(1, 2, channels, side, side), extras="loss")
-    return sum(p.numel() for p in model.parameters()), (frames - 1) * counter.get_total_flops() / 2
-
-
 # ------------------------------------------------------------------------------------------------------------ figures
 
 class Figures:
     """A trained run, its results, and its forecasts of single test sequences."""
 
     def __init__(self, args, run):
-        self.folder, weights, self.config, self.model, self.device, checkpoint = trained(args, run)
+        run, self.device = trained(args, run)
+        self.folder, weights, self.config, checkpoint, self.model = run
         self.iteration, self.validation = checkpoint["iteration"], checkpoint["validation"]
-        self.clips = open_run_data(self.config, args)
+        self.clips = open_run_data(run, args)
         self.label = label_of(self.config, self.clips, self.iteration)
         self.place = self.folder / ("figures" if weights == "last" else f"figures-{weights}")
-        suffix = which_evaluation(args, self.config, self.clips, weights)
+        suffix = which_evaluation(run, args, self.clips)
         path = self.folder / f"results{suffix}.json"
-        self.results = read_results(path)
+        self.results = read_results(path) if path.exists() else None
         if self.results is None or self.results["iteration"] != self.iteration:
             with Stop() as stop:
                 finish(self.model, self.config, self.clips, self.folder, self.iteration, self.validation, stop, weights,
@@ -872,10 +1012,13 @@ class Figures:
 
     def ranked(self):
         """{"best": (number of a test sequence, its forecast's MSE), "median": …, "worst": …}"""
+        scores, horizon = [], self.clips.test_horizon
         with Stop() as stop:
-            scores = [metrics.frame_scores(*batch["forecast"]) for batch in score_batches(
-                self.model, self.config, lambda *rows: (self.clips.test(*rows), self.clips.test_mask(*rows)),
-                self.results["sequences"], self.device, stop)]
+            for rows, frames, predictions in batches(self.clips.test, self.results["sequences"], horizon,
+                                                     Forecaster(self.model, self.config), self.device, stop):
+                mask = self.clips.test_mask(*rows, self.device)
+                scores.append(metrics.frame_scores(predictions[:, -horizon:], frames[:, -horizon:],
+                                                   mask if mask is None else mask[:, -horizon:]))
         return metrics.ranked({name: torch.cat([batch[name] for batch in scores]).cpu() for name in scores[0]})
 
     @torch.no_grad()
@@ -901,7 +1044,7 @@ class Figures:
             caption = f"{name} of {self.results['sequences']}: test sequence {number}, MSE {mse:.4g}"
             films.append(metrics.Film(caption, past, truth, {"": forecast}))
         log = self.folder / "log.csv"
-        loss = [(int(row[0]), float(row[1])) for row in read_log(log)] if log.exists() else []
+        loss = [(int(row[0]), float(row[1])) for row in read_log(log)]
         training = {"training": (f"{self.config['loss']} loss (sum over a frame)", loss),
                     "validation": ("MSE of the forecast (sum over a frame)", self.validation)}
         training = {name: (ylabel, [point for point in points if point[0] <= self.iteration])
@@ -915,18 +1058,6 @@ class Figures:
                   **metrics.map_sheets(reads, extras, getattr(self.model, "map_names", {}), points, about, self.label)}
         return {"curves.svg": score_curves([self]), "training.svg": metrics.training_curves(training, self.label).encode(),
                 **{f"{name}.png": metrics.png(image) for name, image in images.items()}}
-
-
-def read_results(path):
-    """A results.json, or None where there is none."""
-    try:
-        results = json.loads(path.read_text())
-        results["iteration"], results["sequences"], results["forecast"], results["repeat_last"]
-        return results
-    except FileNotFoundError:
-        return None
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{path} is damaged: delete it to have the run evaluated again") from None
 
 
 def in_units(clips, frames):
@@ -985,10 +1116,124 @@ def command_figures(args):
     for run, pictures in zip(runs, drawn):
         run.place.mkdir(exist_ok=True)
         for name, content in pictures.items():
-            print(data.write_whole(run.place / name, content))
+            say(str(data.write_whole(run.place / name, content)))
 
 
-# ------------------------------------------------------------------------------------------- errors and interruptions
+# ------------------------------------------------------------------------------------------------------- command line
+
+COMMANDS = {"list": command_list, "eval": command_eval, "resume": command_resume, "predict": command_predict,
+            "figures": command_figures}
+# What may be given beside a command; a training run takes every option.
+TAKES = {"list": "setup data", "eval": "device data-dir eval-sequences",
+         "resume": "device data-dir iterations eval-every eval-sequences save-every no-graph",
+         "predict": "data horizon device data-dir", "figures": "device data-dir eval-sequences"}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see python train.py --help)")
+
+
+def number_type(meaning, kind, valid):
+    """A type for argparse, which names it in its errors."""
+    def parse(text):
+        number = kind(text)
+        if not valid(number):
+            raise ValueError
+        return number
+    parse.__name__ = meaning
+    return parse
+
+
+POSITIVE = number_type("whole number from 1 to 2^31 - 1", int, lambda n: 1 <= n < 2**31)
+SEED = number_type("whole number from 0 to 2^63 - 1", int, lambda n: 0 <= n < 2**63)
+RATE = number_type("number above 0, at most 1000", float, lambda x: 0 < x <= 1000)
+NUMBER = number_type("finite number", float, math.isfinite)
+
+
+def parser():
+    p = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+               usage="train.py MODEL [options]   or one of the commands below",
+               description=f"Train, evaluate and use ConvRNNs for next-frame prediction.\n\n"
+                           f"MODEL is one of {', '.join(MODELS)}:\ntrain it, then evaluate it, on a CUDA device.",
+               epilog="What goes with a command (MODEL takes every option):\n" + "\n".join(
+                   f"  --{name:8} {' '.join('--' + option for option in takes.split())}" for name, takes in TAKES.items()))
+    p.add_argument("model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
+
+    def group(title, *options):
+        g = p.add_argument_group(title)
+        for name, meaning, about in options:
+            about = about if isinstance(about, dict) else dict(type=POSITIVE, metavar=about)
+            g.add_argument(f"--{name}", default=None, help=meaning, **about)
+
+    flag, text = dict(action="store_true"), lambda metavar: dict(metavar=metavar)
+    group("instead of MODEL",
+          ("list", "every model and variant with its cost; with --data, beside the papers' figures", flag),
+          ("eval", "evaluate a run again (RUN: its folder or a checkpoint), or with --data on another file", text("RUN")),
+          ("resume", "go on with an interrupted run, from exactly where it stood", text("RUN")),
+          ("predict", "forecast beyond the end of --data; writes .npy and a picture", text("RUN")),
+          ("figures", "draw the papers' figures from trained runs", dict(metavar="RUN", nargs="+")))
+    group("data",
+          ("data", f"{', '.join(data.DATASETS)}, or data of yours: .npy, .npz, a video, a folder (default: moving_mnist)",
+           text("NAME|PATH")),
+          ("data-dir", "where datasets lie or are downloaded to (default: data)", text("DIR")),
+          ("frames-in", "frames read (default: the dataset's, 10 for data of yours)", "N"),
+          ("horizon", "frames forecast (default: the dataset's, 10 for data of yours)", "N"),
+          ("box", "degrees of latitude and longitude; for typhoon", dict(
+              type=NUMBER, nargs=4, metavar=("S", "W", "N", "E"))),
+          ("normalize", "data of yours: scale LOW … HIGH to 0 … 1; without numbers each channel's training range", dict(
+              type=NUMBER, nargs="*", metavar=("LOW", "HIGH"))))
+    group("network (default: the paper's)",
+          ("variant", "an ablation of the model's paper, as --list shows them (default: full)", text("NAME")),
+          ("setup", "the set-up (default: the model's own paper's)", dict(choices=("patch4", "fullres"))),
+          *((name, f"{meaning}", "N") for name, meaning in (
+              ("hidden", "channels of the states"), ("layers", "layers"), ("kernel", "side of the gates' kernels, odd"),
+              ("patch", "side of the patches that frames are cut into"))))
+    group("training (default: the paper's)",
+          ("quick", "a two-minute demonstration on moving_digits, on any machine", flag),
+          ("iterations", "how long; 100 epochs for data of yours", "N"),
+          ("batch", "sequences an iteration, of all processes together", "N"),
+          ("lr", "learning rate", dict(type=RATE, metavar="X")),
+          ("no-reverse", "do not train on reversed sequences (default for data of yours)", flag),
+          ("init", "start from a run's weights, with a fresh optimiser", text("RUN")),
+          ("seed", "of weights, clips and sampling (default: 0)", dict(type=SEED, metavar="N")),
+          ("device", "cuda, cuda:N or cpu (default: cuda)", text("NAME")),
+          ("precision", "arithmetic (default: bf16 on CUDA, fp32 on the CPU)", dict(choices=("fp32", "tf32", "bf16"))),
+          ("recompute", "keep little but the states for the backward pass: less memory, more time", flag),
+          ("no-graph", "CUDA: launch every kernel instead of replaying a recorded step", flag))
+    group("output",
+          ("out", "where runs go (default: runs)", text("DIR")),
+          ("name", "the run's name (default: model, variant, data and a running number)", text("NAME")),
+          ("save-every", "save last.pt every N iterations (default: 1000; 100 on the CPU)", "N"),
+          ("eval-every", "validate every N iterations (default: 20 times a run)", "N"),
+          ("eval-sequences", "how many test sequences (default: all; 200 on the CPU)", "N"))
+    return p
+
+
+def parse(argv):
+    """The command that a command line gives, and its options: None for what is not given."""
+    args = parser().parse_args(argv)
+    args = argparse.Namespace(**{name: None if value is False else value for name, value in vars(args).items()})
+    given = [name for name, value in vars(args).items() if value is not None]
+    for name in given:
+        if getattr(args, name) in ("", []) and name != "normalize":       # argparse lets --lr=-- through as []
+            raise UserError(f"--{name.replace('_', '-')} wants a value (see python train.py --help)")
+    commands = [name for name in given if name in ("model", *COMMANDS)]
+    if len(commands) != 1:
+        raise UserError("give a MODEL, or one of " + ", ".join(f"--{name}" for name in COMMANDS) + " (see python train.py --help)")
+    command, = commands
+    if args.normalize and len(args.normalize) != 2:
+        raise UserError("--normalize takes no number or two, LOW and HIGH")
+    if processes.count > 1 and command not in ("model", "resume"):
+        raise UserError(f"--{command} runs in one process: python train.py --{command}, without torchrun")
+    for name in (name.replace("_", "-") for name in given):
+        if command != "model" and name != command and name not in TAKES[command].split():
+            takes = ", ".join(f"--{option}" for option in sorted(TAKES[command].split()))
+            raise UserError(f"--{name} does not go with --{command}, which takes {takes}")
+    return command, args
+
+
+# ---------------------------------------------------------------------------------------- processes, signals, messages
 
 class UserError(Exception):
     """Something the user can mend: one line on stderr, exit status 2."""
@@ -1006,41 +1251,20 @@ class Interrupted(Exception):
         self.signum = signum
 
 
-class Stop:
-    """Within it Ctrl-C and SIGTERM ask to stop, and loops do so between two iterations; a second Ctrl-C does not wait.
+def out_of_memory(error):
+    """Whether an error says so: CUDA's has a type of its own, the CPU allocator's has not."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error) or \
+        "not enough memory" in str(error)
 
-    Under torchrun it does: launcher and scheduler may each pass one on, and torchrun itself kills who takes 30 seconds.
-    """
-
-    def __enter__(self):
-        self.signum = 0
-        self.before = {signum: signal.signal(signum, self._ask) for signum in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def _ask(self, signum, _):
-        self.signum = signum
-        if processes.count == 1:
-            signal.signal(signum, signal.SIG_DFL)
-
-    def agreed(self):
-        """The signal that any process got, on all of them alike; 0 for none."""
-        return processes.maximum(self.signum)
-
-
-# ---------------------------------------------------------------------------------------------------------- processes
 
 class Processes:
     """This process among those that torchrun started, or alone."""
 
     def __init__(self):
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.first = self.rank == 0
+        self.count, self.rank, self.local = (
+            int(value) if (value := os.environ.get(name, otherwise)).isdecimal() else -1
+            for name, otherwise in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
+        self.first = self.rank <= 0
 
     def start(self):
         if self.count > 1 and not dist.is_initialized():
@@ -1080,105 +1304,56 @@ class Processes:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
-    def say(self, *text):
-        if self.first:
-            tqdm.write(" ".join(map(str, text)))
-            sys.stdout.flush()
-
 
 processes = Processes()
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+class Stop:
+    """Within it Ctrl-C and SIGTERM ask to stop, and loops do so between two iterations; a second Ctrl-C does not wait.
 
-COMMANDS = {"list": command_list, "eval": command_eval, "resume": command_resume, "predict": command_predict,
-            "figures": command_figures}
-# What may be given beside a command; a training run takes every option.
-TAKES = {"list": {"setup", "data"}, "eval": {"device", "data_dir", "eval_sequences"}, "predict": {"data", "horizon", "device"},
-         "figures": {"device", "data_dir", "eval_sequences"},
-         "resume": {"device", "data_dir", "iterations", "eval_every", "eval_sequences", "save_every"}}
+    Under torchrun it does: launcher and scheduler may each pass one on, and torchrun itself kills who takes 30 seconds.
+    """
 
+    def __enter__(self):
+        self.signum = 0
+        self.before = {signum: signal.signal(signum, self._ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see python train.py --help)")
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
+    def _ask(self, signum, _):
+        self.signum = signum
+        if processes.count == 1:
+            signal.signal(signum, signal.SIG_DFL)
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def rate(text):
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise ValueError
-    return number
+    def agreed(self):
+        """The signal that any process got, on all of them alike; 0 for none."""
+        return processes.maximum(self.signum)
 
 
-def seed(text):
-    number = int(text)
-    if not 0 <= number < 2**63:
-        raise ValueError
-    return number
+def check_shares(what, batch, way_out):
+    """Refuse more processes than a batch has sequences."""
+    if batch < processes.count:
+        raise UserError(f"{what} {batch} over {processes.count} processes leaves some without a sequence; {way_out}")
 
 
-positive.__name__, rate.__name__, seed.__name__ = "positive whole number", "positive number", "whole number from 0 to 2^63 - 1"      # argparse names them in its errors
-
-
-def parse(argv):
-    p = Parser(prog="train.py", allow_abbrev=False, description="Train, evaluate and use ConvRNNs for next-frame prediction.")
-    p.add_argument("model", nargs="?", metavar="MODEL", help=", ".join(MODELS))
-    p.add_argument("--quick", action="store_true", default=None, help="a two-minute demonstration on moving_digits, on any machine")
-    p.add_argument("--list", action="store_true", default=None, help="every model and variant with its cost; with --data, the papers' cost tables")
-    p.add_argument("--eval", metavar="RUN", help="evaluate a run again; RUN: its folder or a checkpoint")
-    p.add_argument("--figures", metavar="RUN", nargs="+", help="draw the papers' figures from trained runs")
-    p.add_argument("--resume", metavar="RUN", help="go on with an interrupted run, from exactly where it stood")
-    p.add_argument("--predict", metavar="RUN", help="forecast beyond the end of --data X, a .npy of yours; writes .npy and a picture")
-    p.add_argument("--variant", help="an ablation of the model's paper (full)")
-    p.add_argument("--setup", choices=("patch4", "fullres"), help="the set-up to train under (the model's own paper's)")
-    p.add_argument("--data", metavar="NAME|PATH", help="a dataset by name or a .npy or .npz of yours (moving_mnist)")
-    p.add_argument("--data-dir", metavar="DIR", help="where datasets lie or are downloaded to (data)")
-    p.add_argument("--frames-in", type=positive, metavar="N", help="frames read (the dataset's)")
-    p.add_argument("--horizon", type=positive, metavar="N", help="frames forecast (the dataset's)")
-    for name in ("iterations", "batch"):
-        p.add_argument(f"--{name}", type=positive, metavar="N", help="override the set-up")
-    p.add_argument("--lr", type=rate, metavar="X", help="override the set-up")
-    p.add_argument("--seed", type=seed, metavar="N", help="of weights, clips and sampling (0)")
-    for name in ("hidden", "layers", "kernel", "patch"):
-        p.add_argument(f"--{name}", type=positive, metavar="N", help="override the network")
-    p.add_argument("--device", help="cuda, cuda:N or cpu (cuda)")
-    p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="arithmetic (bf16 on CUDA, fp32 on the CPU)")
-    p.add_argument("--recompute", action="store_true", default=None, help="keep little but the states for backward: less memory, more time")
-    p.add_argument("--init", metavar="RUN", help="start from a run's weights, with a fresh optimiser")
-    p.add_argument("--eval-every", type=positive, metavar="N", help="validate every N iterations")
-    p.add_argument("--eval-sequences", type=positive, metavar="N", help="how many test sequences (all; 200 on the CPU)")
-    p.add_argument("--save-every", type=positive, metavar="N", help="save last.pt every N iterations")
-    p.add_argument("--out", metavar="DIR", help="where runs go (runs)")
-    p.add_argument("--name", help="the run's name (model, variant, data and a running number)")
-    p.add_argument("--no-reverse", action="store_true", default=None, help="do not train on reversed sequences")
-    p.add_argument("--normalize", action="store_true", default=None, help="scale an array of yours by its training part's range")
-    p.add_argument("--box", type=float, nargs=4, metavar=("S", "W", "N", "E"), help="degrees of latitude and longitude (typhoon)")
-    args = p.parse_args(argv)
-    given = [name for name, value in vars(args).items() if value is not None]
-    commands = [name for name in given if name in COMMANDS]
-    if args.model:
-        commands.insert(0, "model")
-    if len(commands) != 1:
-        raise UserError("give a MODEL, or one of " + ", ".join(f"--{name}" for name in COMMANDS) + " (see python train.py --help)")
-    command = commands[0]
-    if processes.count > 1 and command not in ("model", "resume"):
-        raise UserError(f"--{command} runs in one process: python train.py --{command}, without torchrun")
-    for name in given:
-        if command != "model" and name != command and name not in TAKES[command]:
-            takes = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(TAKES[command]))
-            raise UserError(f"--{name.replace('_', '-')} does not go with --{command}, which takes {takes}")
-    return command, args
+def say(text):
+    """Print, once for all processes and without tearing a progress bar. Who listens may leave: the run goes on."""
+    if processes.first and sys.stdout is not None:
+        try:
+            with tqdm.external_write_mode():
+                print("\n".join(map(data.printable, text.split("\n"))), flush=True)
+        except OSError as error:
+            # What Python still holds of it must not be tried again at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def main(argv=None):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):     # ε and × should not end a run on a terminal that has none
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -1189,8 +1364,10 @@ def main(argv=None):
             time.sleep(3)
             message = f"process {processes.rank}: {message}"
         if message:
-            print(f"train.py: {message}", file=sys.stderr, flush=True)
+            print(f"train.py: {data.printable(str(message))}", file=sys.stderr, flush=True)
         return status
+    except KeyboardInterrupt:
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1199,6 +1376,8 @@ def main(argv=None):
 def attempt(argv):
     """Do what the command line says: (exit status, what went wrong or None)."""
     try:
+        if min(processes.count - 1, processes.rank, processes.local) < 0:
+            raise UserError("WORLD_SIZE, RANK and LOCAL_RANK of the environment must be whole numbers, as torchrun sets them")
         command, args = parse(argv)
         (command_train if command == "model" else COMMANDS[command])(args)
         return 0, None
@@ -1210,9 +1389,6 @@ def attempt(argv):
         return 128 + error.signum, error
     except KeyboardInterrupt:
         return 130, "interrupted"
-    except BrokenPipeError:         # `--list | head`: who reads has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0, None
     except OSError as error:
         return 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except (MemoryError, RuntimeError) as error:

@@ -409,7 +409,7 @@ def test_damaged_checkpoints(capsys):
         (folder / "last.pt").write_bytes(content)
         assert "damaged" in refused(capsys, "--eval", "runs/a")
     torch.save({"model": 1}, folder / "last.pt")
-    assert "not a checkpoint" in refused(capsys, "--eval", "runs/a")
+    assert "no checkpoint" in refused(capsys, "--eval", "runs/a")
 
 
 # models.md, "Two set-ups": (optimiser, weight decay, lr, final lr, batch, iterations, loss, part of them sampled, reversed)
@@ -424,7 +424,7 @@ def paper_settings(monkeypatch, name, dataset, *arguments, train_count=None):
     """What a plain `python train.py NAME --data DATASET` would train with."""
     clips = data.open_data("moving_digits")
     clips.name, clips.train_count = dataset, train_count
-    monkeypatch.setattr(data, "open_data", lambda *_: clips)
+    monkeypatch.setattr(data, "open_data", lambda *_, **__: clips)
     monkeypatch.setattr(train, "precision_of", lambda name, device: "fp32")
     _, args = train.parse([name, "--device", "cpu", *arguments])
     return train.settings(args)[0]
@@ -467,7 +467,7 @@ def test_other_settings_are_not_the_papers(other, monkeypatch):
 def test_the_paper_stands_beside_a_run_of_its_own_only(capsys, monkeypatch):
     clips = data.open_data("moving_digits", frames_in=3, horizon=3)
     clips.name = "moving_mnist"
-    monkeypatch.setattr(data, "open_data", lambda *_: clips)
+    monkeypatch.setattr(data, "open_data", lambda *_, **__: clips)
     assert run(*TINY, "--name", "a", "--iterations", 1) == 0
     assert "CMS-LSTM, Table 3" not in capsys.readouterr().out
     checkpoint = torch.load("runs/a/last.pt", weights_only=True)
