@@ -9,7 +9,7 @@ iteration): a resumed or repeated run sees the same data, on any number of proce
     frames = clips.test(0, 100)                             # the first hundred test sequences
 
 Sections: clips; draws; Moving MNIST and moving digits (with the first two they stand alone, on torch and numpy); files;
-MNIST's files; windows cut out of an array; arrays of your own; datasets unpacked once: TaxiBJ, KTH, Germany, Typhoon;
+MNIST's files; windows cut out of an array; files of your own; datasets unpacked once: TaxiBJ, KTH, Germany, Typhoon;
 opening.
 """
 
@@ -19,6 +19,7 @@ import errno
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -71,11 +73,15 @@ class Clips:
     channels      C;  size: (H, W)
     frames_in     frames a model reads;  horizon: frames it forecasts in training;  test_horizon: in the test
     unit          of `to_units`, such as "mm/h", or None where pixels have no unit;  notes: lines for the log
+    thresholds    of events, in that unit, for CSI and HSS;  own: a file of the user's
+    masked        whether clips hold NaN where there are no data
     train_count   number of different training clips, None if they never end;  valid_count, test_count: of those sets
+    checksum      of a sample of the data themselves
     """
 
-    unit = None
-    notes = ()
+    unit, thresholds, notes = None, (), ()
+    masked = own = False
+    checksum = None
 
     def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
         """The training batch of an iteration: float32 (b, frames_in + horizon, C, H, W) in [0, 1].
@@ -93,9 +99,9 @@ class Clips:
         """Clips start … stop - 1 of the fixed test set: float32 (b, frames_in + test_horizon, C, H, W) in [0, 1]."""
         raise NotImplementedError
 
-    def test_mask(self, start, stop, device="cpu"):
-        """Where scores count: bool of the shape of `test(start, stop)`, or None for everywhere."""
-        return None
+    def test_units(self, start, stop, device="cpu"):
+        """The clips of `test` in the data's own units as they are stored, not by way of pixels: float64."""
+        return self.to_units(self.test(start, stop, device)).double()
 
     def to_units(self, frames):
         """Network pixels in [0, 1] as the data's own units (`unit`)."""
@@ -104,8 +110,9 @@ class Clips:
     def info(self):
         """What a run's configuration and log say about its data; JSON-safe."""
         names = ("name", "test_set", "channels", "size", "frames_in", "horizon", "test_horizon", "unit",
-                 "train_count", "valid_count", "test_count")
-        return {name: getattr(self, name) for name in names} | {"notes": list(self.notes)}
+                 "masked", "own", "train_count", "valid_count", "test_count", "checksum")
+        return {name: getattr(self, name) for name in names} | {"thresholds": list(self.thresholds),
+                                                                "notes": list(self.notes)}
 
 
 def to_device(array, device):
@@ -120,6 +127,16 @@ def _over_255(levels):
     By a tensor: CUDA multiplies by the reciprocal when it divides by a Python number.
     """
     return levels.float() / torch.full((), 255.0, device=levels.device)
+
+
+def checksum_of(*arrays, rows=256):
+    """Of evenly spread rows of arrays, so that other data of the same shape are told apart: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        for row in array[::-(-len(array) // rows) or 1]:
+            digest.update(np.ascontiguousarray(row))
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------- draws
@@ -242,6 +259,7 @@ class MovingDigits(Clips):
             self.test_set = f"mnist_test_seq.npy, the standard {self.test_count} sequences"
         self._digits = {"train": _pad(train_digits[:-held_back]), "valid": _pad(train_digits[-held_back:]),
                         "test": _pad(test_digits)}
+        self.checksum = checksum_of(train_digits, test_digits, *([] if self.standard is None else [self.standard]))
         self._on_device = {}
         if self.train_count:
             self._train_table = draws(TRAIN, FIXED_SEED, 0, self.train_count, DRAWS_PER_SEQUENCE)
@@ -548,54 +566,69 @@ def open_moving_mnist(folder, setup="patch4", frames_in=None, horizon=None):
 # ------------------------------------------------------------------------------- windows cut out of an array of frames
 
 class Scale:
-    """Between a file's values and network pixels: low … high is 0 … 1. What lies outside is clipped."""
+    """Between a file's values and network pixels: low … high is 0 … 1, and what lies outside is clipped.
+
+    low, high: one number each, or one for each channel. Tensors (…, C, H, W), on any device; NaN stays NaN.
+    """
 
     def __init__(self, low, high):
-        self.low, self.high = float(low), float(high)
+        self.low, self.high, self._on_device = low, high, {}
 
     def note(self):
         """What `scale_of` makes a scale of again; JSON-safe. None for the two that a file's dtype tells."""
         return None if self in (LEVELS, PLAIN) else [self.low, self.high]
 
     def to_network(self, values):
-        """An array of values -> float32 pixels in [0, 1]."""
-        return ((values.astype(np.float64) - self.low) / (self.high - self.low)).clip(0, 1).astype(np.float32)
+        """Values -> float32 pixels in [0, 1]."""
+        low, span = self._low_and_span(values.device)
+        return ((values.double() - low) / span).clamp(0, 1).float()
 
     def to_units(self, pixels):
-        """Pixels, a tensor or an array -> values."""
-        return pixels * (self.high - self.low) + self.low
+        """Pixels -> values, float64."""
+        low, span = self._low_and_span(pixels.device)
+        return pixels.double() * span + low
+
+    def _low_and_span(self, device):
+        if device not in self._on_device:    # kept: to copy them for every batch would be to wait for the device
+            low, high = (torch.tensor(end, dtype=torch.float64) for end in (self.low, self.high))
+            low, high = (end[:, None, None] if end.ndim else end for end in (low, high))
+            self._on_device[device] = low.to(device), (high - low).to(device)
+        return self._on_device[device]
 
 
-LEVELS, PLAIN = Scale(0, 255), Scale(0, 1)    # of uint8, and of floats that lie in [0, 1] already
+LEVELS, PLAIN = Scale(0.0, 255.0), Scale(0.0, 1.0)    # of uint8, and of floats that lie in [0, 1] already
 
 
 class Windows(Clips):
-    """Clips cut out of long arrays of frames, which stay on the disk: only the windows of a batch are read.
+    """Clips cut out of a long array of frames, which stays on the disk: only the windows of a batch are read.
 
-    parts: {"train": (array, starts), "valid": …, "test": …}; array (N, C, H, W) of numbers, memory-mapped; starts,
-    the numbers of the windows' first frames, int64. scale: from the array's values to pixels. order: where the
-    array is not in the order of time, the places of its frames in that order, in which starts count. notes: to log.
+    frames: (N, C, H, W) of numbers, memory-mapped. starts: {"train": …, "valid": …, "test": …}, the numbers of the
+    windows' first frames, int64. scale: from the array's values to pixels. order: where the array is not in the order
+    of time, the places of its frames in that order, in which starts count. The rest as in `Clips`.
     """
 
-    def __init__(self, name, parts, frames_in, horizon, test_horizon=None, scale=LEVELS, test_set="", order=None,
-                 unit=None, notes=()):
-        self.name, self.parts, self.scale, self.order = name, parts, scale, order
-        self.unit, self.notes = unit, list(notes)
+    def __init__(self, name, frames, starts, frames_in, horizon, test_horizon=None, scale=LEVELS, test_set="",
+                 order=None, unit=None, thresholds=(), masked=False, own=False, notes=()):
+        self.name, self.array, self.starts, self.scale, self.order = name, frames, starts, scale, order
+        self.unit, self.thresholds, self.masked, self.own = unit, tuple(thresholds), masked, own
+        self.notes, self.checksum = list(notes), checksum_of(frames)
         self.frames_in, self.horizon, self.test_horizon = frames_in, horizon, test_horizon or horizon
-        self.channels, *size = parts["train"][0].shape[1:]
-        self.size = tuple(size)
-        self.train_count, self.valid_count, self.test_count = (len(parts[key][1]) for key in ("train", "valid", "test"))
+        self.channels, self.size = frames.shape[1], tuple(frames.shape[2:])
+        self.train_count, self.valid_count, self.test_count = (len(starts[key]) for key in ("train", "valid", "test"))
         self.test_set = f"{name}, {self.test_count} sequences{test_set and ', '}{test_set}"
 
     def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
         which = fixed_order(seed, iteration, batch, self.train_count)[share]
-        return self._pixels(self._values("train", which, self.horizon), device)
+        return self._pixels(self._stored("train", which, self.horizon, device))
 
     def valid(self, start, stop, device="cpu"):
-        return self._pixels(self._values("valid", slice(start, stop), self.horizon), device)
+        return self._pixels(self._stored("valid", slice(start, stop), self.horizon, device))
 
     def test(self, start, stop, device="cpu"):
-        return self._pixels(self._values("test", slice(start, stop), self.test_horizon), device)
+        return self._pixels(self._stored("test", slice(start, stop), self.test_horizon, device))
+
+    def test_units(self, start, stop, device="cpu"):
+        return self._stored("test", slice(start, stop), self.test_horizon, device).double()
 
     def to_units(self, frames):
         return self.scale.to_units(frames)
@@ -603,19 +636,26 @@ class Windows(Clips):
     def info(self):
         return {**super().info(), "scale": self.scale.note()}
 
-    def _values(self, part, which, horizon):
-        array, starts = self.parts[part]
-        length = self.frames_in + horizon
-        if self.order is None:
-            windows = [array[start:start + length] for start in starts[which]]
-        else:
-            windows = [array[self.order[start:start + length]] for start in starts[which]]
-        return np.stack(windows) if windows else np.empty((0, length, *array.shape[1:]), array.dtype)
+    def _stored(self, part, which, horizon, device):
+        """Windows (b, T, C, H, W) on the device, their values as stored; through pinned memory, so nothing waits."""
+        starts, length = self.starts[part][which], self.frames_in + horizon
+        on_cuda = torch.device(device).type == "cuda"
+        values = torch.empty((len(starts), length, *self.array.shape[1:]), dtype=torch_dtype(self.array.dtype),
+                             pin_memory=on_cuda)
+        for window, start in zip(values.numpy(), starts):
+            places = slice(start, start + length)
+            window[:] = self.array[places if self.order is None else self.order[places]]
+        return values.to(device, non_blocking=on_cuda)
 
-    def _pixels(self, values, device):
-        if values.dtype == np.uint8 and self.scale is LEVELS:
-            return _over_255(torch.from_numpy(values).to(device))
-        return torch.from_numpy(self.scale.to_network(values)).to(device)
+    def _pixels(self, values):
+        return _over_255(values) if self.scale is LEVELS else self.scale.to_network(values)
+
+
+def torch_dtype(dtype):
+    """The torch type that holds every number of a NumPy type (of the largest integers, the nearest float64)."""
+    kept = {code: code for code in ("u1", "i1", "i2", "i4", "i8", "f2", "f4")}
+    held = kept | {"b1": "u1", "u2": "i4", "u4": "i8"}
+    return torch.from_numpy(np.empty(0, held.get(dtype.str[1:], "f8"))).dtype
 
 
 def hold_out(starts, count, length):
@@ -625,13 +665,16 @@ def hold_out(starts, count, length):
     return (rest[rest + length <= held[0]] if len(held) else rest), held
 
 
-# --------------------------------------------------------------------------------------------------- arrays of your own
+# ---------------------------------------------------------------------------------------------------- files of your own
 
 PIECE = 1 << 26    # bytes that are looked at at a time
+LAYOUTS = ("NHW", "NCHW", "NHWC", "MTHW", "MTCHW", "MTHWC")    # N frames of one film, M films of T frames, C channels
+VIDEOS = (".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
+IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def _header(file, path):
-    """(shape, dtype) of an open .npy file; DataError if it is none or holds objects."""
+    """(shape, dtype) of an open .npy file; DataError if it is none or holds no numbers."""
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -641,218 +684,420 @@ def _header(file, path):
     except READ_ERRORS as error:
         raise _cannot_read(path, error) from None
     if dtype.hasobject:
-        raise DataError(f"{path} holds pickled objects, which are never loaded: save numbers, uint8 or float")
-    if dtype != np.uint8 and dtype.kind != "f":
-        raise DataError(f"{path} holds {dtype}: uint8 or float is needed")
+        raise DataError(f"{path} holds pickled objects, which are never loaded: save numbers, such as "
+                        f"numpy.stack(a).astype(numpy.float32)")
+    if dtype.kind not in "buif":
+        raise DataError(f"{path} holds {dtype}: real numbers are needed, such as a.astype(numpy.float32)")
     if fortran and sum(n > 1 for n in shape) > 1:
-        raise DataError(f"{path} is in Fortran order, where frames lie scattered: save numpy.ascontiguousarray of it")
-    if len(shape) not in (3, 4, 5) or 0 in shape:
-        raise DataError(f"{path} has shape {shape}: (N, H, W) or (N, C, H, W), one film, or (M, T, C, H, W), M films, "
-                        f"is needed")
-    channels = shape[-3] if len(shape) > 3 else 1
-    if channels > 16:
-        raise DataError(f"{path} has shape {shape}, so {channels} channels, more than 16: the axes are (N, C, H, W) or "
-                        f"(M, T, C, H, W); mnist_test_seq.npy is (T, N, H, W): save array.swapaxes(0, 1)[:, :, None]")
+        raise DataError(f"{path} is in Fortran order, where frames lie scattered: save numpy.ascontiguousarray(a)")
     return shape, dtype
 
 
-def _map(path, name):
-    """The array of a .npy file, checked and memory-mapped, as films: (M, T, C, H, W). name: for errors."""
+def _layout(shape, layout, name):
+    """What the axes of an array are, one of LAYOUTS: as given, else by the shape. DataError if they cannot be that."""
+    if layout is None and len(shape) in (3, 4, 5):
+        colours = len(shape) > 3 and shape[-1] <= 4 < min(shape[-3:-1])    # last: no frame is four pixels wide
+        layout = {3: "NHW", 4: "NHWC" if colours else "NCHW" if shape[1] <= 16 else "MTHW",
+                  5: "MTHWC" if colours else "MTCHW"}[len(shape)]
+        if shape == (20, 10_000, CANVAS, CANVAS):
+            raise DataError(f"{name} has the shape of mnist_test_seq.npy, which is (T, M, H, W): save "
+                            f"numpy.swapaxes(a, 0, 1), or put it into the folder of --data moving_mnist")
+    if layout not in LAYOUTS or len(layout) != len(shape) or 0 in shape:
+        raise DataError(f"{name} has shape {shape}, which is not {layout or 'one'} of --layout {'|'.join(LAYOUTS)}: "
+                        f"N frames of one film or M films of T frames, C channels, height, width")
+    if "C" in layout and shape[layout.index("C")] > 16:
+        raise DataError(f"{name} has shape {shape}, read as {layout} with {shape[layout.index('C')]} channels, more "
+                        f"than 16: --layout {'|'.join(LAYOUTS)} says what the axes are")
+    return layout
+
+
+def _channels_first(array, layout):
+    """An array of some layout as a view (…, C, H, W), its leading axes as they are."""
+    return np.moveaxis(array, -1, -3) if layout[-1] == "C" else array if "C" in layout else array[..., None, :, :]
+
+
+def _natural(path):
+    """To sort names by the numbers in them: frame2 before frame10."""
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), path.name)
+
+
+def own_frames(path, data_dir, layout=None, channels=None, colours=1):
+    """A user's frames, (N, C, H, W) of numbers, memory-mapped, and how they were read.
+
+    path: a .npy file, or what is unpacked once, into the data folder: a .npz file, a film, or a folder of .npy files,
+    of films or of images. Returns (frames, index), the index with `films` [[first, stop], …], the `layout` of arrays,
+    the number of the first film of the `test` part or None, `notes`, and the `folder` where more may be kept.
+    """
+    if layout not in (None, *LAYOUTS):
+        raise DataError(f"--layout {layout}: one of {', '.join(LAYOUTS)} is needed")
+    kind, sources, passed = path.suffix.lower(), [path], []
+    if path.is_dir():
+        there = sorted((entry for entry in path.iterdir() if not entry.name.startswith(".")), key=_natural)
+        sources = next(filter(None, ([entry for entry in there if entry.suffix.lower() in kinds]
+                                     for kinds in ((".npy",), VIDEOS, IMAGES))), [])
+        if not sources:
+            raise DataError(f"{path} is {'a' if there else 'an empty'} folder: a folder of .npy files, of films or of "
+                            f"images is needed")
+        kind, passed = sources[0].suffix.lower(), [entry.name for entry in there if entry not in sources]
+    arrays = kind in (".npy", ".npz")
+    if not arrays and kind not in VIDEOS + IMAGES:
+        raise DataError(f"{path} is no array (.npy, .npz), film ({', '.join(VIDEOS)}) or image ({', '.join(IMAGES)})")
+    if wrong := "--channels" if arrays and channels else "--layout" if layout and not arrays else None:
+        raise DataError(f"{wrong} is for {'films and images' if arrays else 'arrays'}, not for {path}")
+    where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]
+    folder = Path(data_dir) / "own" / f"{path.stem}-{where}"
+    if kind == ".npy" and not path.is_dir():
+        frames, index = _map(path, layout)
+    else:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        _folder(folder)
+        try:
+            frames, index = unpack_once(folder, sources, None, None, lambda writer: _unpack_own(
+                writer, path, sources, kind, layout, channels or colours), f"{layout} {channels or colours}")
+        except DataError:
+            with contextlib.suppress(OSError):
+                for place in made:
+                    place.rmdir()
+            raise
+    notes = index["notes"] + ([f"{path}: {len(passed)} files passed over, such as {passed[0]}"] if passed else [])
+    return frames, index | {"notes": notes, "folder": folder}
+
+
+def _map(path, layout):
+    """`own_frames` of a .npy file."""
     try:
         with open(path, "rb") as file:
-            shape, _ = _header(file, name)
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+            shape, _ = _header(file, path)
+        layout = _layout(shape, layout, path)
+        array = _channels_first(np.load(path, mmap_mode="r", allow_pickle=False), layout)
     except READ_ERRORS as error:
-        raise _cannot_read(name, error) from None
-    return array.reshape((1, shape[0], 1) + shape[1:] if len(shape) == 3 else (1,) * (5 - len(shape)) + shape)
+        raise _cannot_read(path, error) from None
+    frames = array.reshape(-1, *array.shape[-3:])
+    return frames, {"films": _films(0, len(frames), shape[1] if layout[0] == "M" else None), "layout": layout,
+                    "test": None, "notes": []}
 
 
-def _range(frames, name, first=0):
-    """(lowest, highest) value of frames (N, C, H, W), looked at in pieces; DataError at NaN or infinity.
+def _films(first, stop, length=None):
+    """[[first, stop], …] of the films of some length in frames first … stop - 1; None: one film."""
+    return [[at, at + (length or stop - first)] for at in range(first, stop, length or stop - first)]
 
-    first: the number of the first frame in the file, for the message.
+
+def _unpack_own(writer, path, sources, kind, layout, channels):
+    """Append the frames of one or more files of a kind. The index: see `own_frames`."""
+    index = {"films": [], "layout": "NHW" if channels == 1 else "NHWC", "test": None, "notes": []}
+
+    def add(pieces, label, length=None):
+        first = writer.count
+        for piece in pieces:
+            if writer.shape is None:
+                writer.dtype, writer.shape = piece.dtype, piece.shape[1:]
+            if (piece.dtype, piece.shape[1:]) != (writer.dtype, writer.shape):
+                raise DataError(f"{label} has frames {piece.shape[1:]} {piece.dtype}, what is before it has "
+                                f"{writer.shape} {writer.dtype}: they must be alike")
+            writer.add(piece)
+            bar.update(len(piece))
+        index["films"] += _films(first, writer.count, length)
+
+    def add_array(file, size, label):
+        shape, dtype = _header(file, label)
+        index["layout"] = axes = _layout(shape, layout, label)
+        lead = 2 if axes[0] == "M" else 1
+        add(_pieces(file, size, label, shape, dtype, axes[lead:]), label, shape[1] if lead == 2 else None)
+
+    with progress(desc=f"unpacking {path.name}", unit="frame") as bar:
+        try:
+            if kind == ".npz":
+                with zipfile.ZipFile(path) as archive:
+                    names = [name.removesuffix(".npy") for name in archive.namelist()]
+                    if not names:
+                        raise DataError(f"{path} holds no array: save numpy.savez(path, train=a, test=b), or one array "
+                                        f"for each film")
+                    parts = ["train", "test"] if {"train", "test"} <= set(names) else names
+                    if len(parts) < len(names):
+                        index["notes"].append(f"{path}: only its arrays train and test were read")
+                    for name in parts:
+                        if name == "test" and parts == ["train", "test"]:
+                            index["test"] = len(index["films"])
+                        size = archive.getinfo(f"{name}.npy").file_size
+                        with archive.open(f"{name}.npy") as file:
+                            add_array(file, size, f"{path} ({name})")
+            elif kind == ".npy":
+                for source in sources:
+                    with open(source, "rb") as file:
+                        add_array(file, source.stat().st_size, source)
+            elif kind in VIDEOS:
+                for source in sources:
+                    add(_decoded(source, channels, index["notes"]), source)
+            else:
+                add(_images(sources, channels, index["notes"]), path)
+        except READ_ERRORS + (KeyError,) as error:
+            raise _cannot_read(path, error) from None
+    return index
+
+
+def _pieces(file, size, label, shape, dtype, axes):
+    """The frames of an open .npy file after its header, some (n, C, H, W) at a time. axes: those of one frame."""
+    frame = shape[-len(axes):]
+    each, left = dtype.itemsize * math.prod(frame), math.prod(shape[:-len(axes)])
+    if size - file.tell() < each * left:
+        raise DataError(f"{label} ends before its last frame: save it again")
+    while left:
+        count = min(left, max(1, PIECE // each))
+        yield _channels_first(np.frombuffer(file.read(count * each), dtype).reshape(count, *frame), axes)
+        left -= count
+    file.read(1)    # the end of an array in a .npz, where its checksum is looked at
+
+
+def _decoded(path, channels, notes, *options):
+    """The frames of a film, or the one of an image, uint8 (1, C, H, W) each, through the program ffmpeg.
+
+    channels: 1, grey, or 3, red, green and blue. What ffmpeg finds wrong with a file that it reads goes to the notes.
     """
-    low, high = np.inf, -np.inf
+    codec, pixels = ("pgm", "gray") if channels == 1 else ("ppm", "rgb24")
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file", "-i", f"file:{path}", *options,
+               "-vf", "setpts=N/FRAME_RATE/TB",    # every frame once, whatever the times in the file
+               "-f", "image2pipe", "-c:v", codec, "-pix_fmt", pixels, "-"]
+    count = 0
+    with tempfile.TemporaryFile() as said:
+        try:
+            program = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
+        except FileNotFoundError:
+            raise DataError(f"{path} is read through the program ffmpeg, which is not installed: apt install ffmpeg, "
+                            f"or see ffmpeg.org") from None
+        with program:
+            try:
+                while program.stdout.readline():    # "P5" or "P6", then the size, then 255, each on a line
+                    width, height = map(int, program.stdout.readline().split())
+                    program.stdout.readline()
+                    content = program.stdout.read(width * height * channels)
+                    yield np.frombuffer(content, np.uint8).reshape(1, height, width, channels).transpose(0, 3, 1, 2)
+                    count += 1
+            except BaseException:
+                program.kill()
+                raise
+        said.seek(0)
+        line = said.read(500).decode(errors="replace").strip().split("\n")[0]
+    if program.returncode or not count:
+        raise DataError(f"{path} cannot be read by ffmpeg: {line or 'no frame in it'}")
+    if line:
+        notes.append(f"{path}: ffmpeg read {count} frames and says: {line}")
+
+
+def _images(paths, channels, notes):
+    """The frames of one film that lies as images, in the order of their names, uint8 (1, C, H, W) each."""
+    first = None
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for at in range(0, len(paths), 64):
+            some = paths[at:at + 64]
+            for path, (frame,) in zip(some, pool.map(lambda path: [*_decoded(path, channels, notes, "-frames:v", "1")],
+                                                     some)):
+                first = frame.shape if first is None else first
+                if frame.shape != first:
+                    raise DataError(f"{path} has {frame.shape[3]} x {frame.shape[2]} pixels, {paths[0].name} "
+                                    f"{first[3]} x {first[2]}: the images of a folder must be alike")
+                yield frame
+
+
+def frame_ranges(frames, name, first=0):
+    """The lowest and the highest value in each channel of each frame, and how many are missing (NaN): (N, C, 3).
+
+    Looked at in pieces. DataError at infinity. first: the number of the first frame in the file, for the message.
+    """
+    ranges = np.zeros((*frames.shape[:2], 3))
     step = max(1, PIECE // frames[0].nbytes)
     with progress(total=len(frames), desc=f"checking {name}", disable=len(frames) <= step) as bar:
         for at in range(0, len(frames), step):
-            piece = frames[at:at + step]
-            least, most = float(piece.min()), float(piece.max())
-            if not np.isfinite([least, most]).all():
-                frame = at + int(np.argmin(np.isfinite(piece).all((1, 2, 3))))
-                raise DataError(f"{name} has NaN or infinity in frame {first + frame}")
-            low, high = min(low, least), max(high, most)
+            piece, found = frames[at:at + step], ranges[at:at + step]
+            found[..., 0], found[..., 1] = piece.min((2, 3)), piece.max((2, 3))
+            if np.isnan(found).any():
+                found[..., 0], found[..., 1] = (end.reduce(piece, axis=(2, 3)) for end in (np.fmin, np.fmax))
+                found[..., 2] = np.isnan(piece).sum((2, 3))
+            if np.isinf(found).any():
+                frame = first + at + int(np.isinf(found).any((1, 2)).argmax())
+                raise DataError(f"{name} has infinity in frame {frame}: where it means no data, save "
+                                f"numpy.where(numpy.isfinite(a), a, numpy.nan)")
             bar.update(len(piece))
-    return low, high
+    return ranges
 
 
-def _checked_range(frames, path, name, first, folder):
-    """`_range` of a part of a file, kept in `folder` until the file's size or time of change is another."""
-    stat = path.stat()
-    key = [str(path.resolve()), name, first, len(frames)]
-    state = [stat.st_size, stat.st_mtime_ns]
-    kept = folder / f"{path.stem}-{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.json"
+def _kept_ranges(frames, name, folder):
+    """`frame_ranges` of a mapped file, kept in `folder` until the file's size or time of change is another."""
+    file = Path(frames.filename)
+    state = [str(file), file.stat().st_size, file.stat().st_mtime_ns, frames.shape, frames.strides]
+    kept = folder / f"ranges-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.npy"
     try:
-        finding = json.loads(kept.read_text())
-        if finding["state"] == state:
-            return tuple(finding["range"])
-    except (OSError, ValueError, KeyError, TypeError):
+        ranges = np.load(kept)
+        if ranges.shape == (*frames.shape[:2], 3):
+            return ranges
+    except READ_ERRORS:
         pass
-    low, high = _range(frames, name, first)
+    ranges = frame_ranges(frames, name)
     _folder(folder)
-    write_whole(kept, json.dumps({"file": key[0], "state": state, "range": [low, high]}).encode())
-    return low, high
+    for old in folder.glob("ranges-*.npy"):
+        old.unlink(missing_ok=True)
+    write_whole(kept, lambda file: np.save(file, ranges))
+    return ranges
 
 
-def _cut(stop, film, length):
+def _scale_of_training(name, frames, stop, ranges=None, per_channel=False):
+    """From the range of frames 0 … stop - 1, the training side, to pixels: (scale, notes). The rest is the test's.
+
+    ranges: of `frame_ranges`. One scale for all channels, or one for each. Few values that leave the others a tenth of
+    the scale at most are said: such as -9999 are no measurements.
+    """
+    ranges = frame_ranges(frames, name) if ranges is None else ranges
+    groups = [[channel] for channel in range(frames.shape[1])] if per_channel else [list(range(frames.shape[1]))]
+    ends, notes = [], []
+    for channels in groups:
+        where = f"{name}, channel {channels[0]}" if len(groups) > 1 else name
+        (low, high), (least, most) = (_ends(part[:, channels]) for part in (ranges[:stop], ranges[stop:]))
+        if not low < high:
+            what = "has no data" if math.isnan(low) else f"is {low:g} everywhere"
+            raise DataError(f"{where}: the training part {what}, so it has no scale: --normalize LOW HIGH gives one")
+        notes.append(f"{where}: scaled by the training part's minimum and maximum, {low:g} and {high:g}")
+        if least < low or most > high:
+            notes.append(f"{where}: the test part goes from {least:g} to {most:g} and is clipped")
+        every, y, x = (-(-n // some) for n, some in zip((stop, *frames.shape[2:]), (64, 256, 256)))
+        values = frames[:stop:every, channels, ::y, ::x].astype(float)
+        notes += _lone_extremes(where, np.r_[values.ravel(), ranges[:stop, channels, :2].ravel()])
+        ends.append((low, high))
+    return _scale(name, *(map(list, zip(*ends)) if len(ends) > 1 else ends[0])), notes
+
+
+def _ends(ranges):
+    """The lowest and the highest value in ranges of `frame_ranges`; NaN where there is none."""
+    return tuple(float(end.reduce(ranges[..., k], None, initial=np.nan)) for k, end in enumerate((np.fmin, np.fmax)))
+
+
+def _scale(name, low, high):
+    """A `Scale`; DataError if it is none."""
+    if not np.isfinite(np.subtract(high, low)).all() or not np.less(low, high).all():
+        raise DataError(f"{name}: {low} … {high} is no scale: two finite numbers are needed, the lower first, not "
+                        f"further apart than a float can say")
+    return Scale(low, high)
+
+
+def _lone_extremes(name, values):
+    """A note if at most three values at the ends leave all the others a tenth of the range or less."""
+    seen = np.unique(values[np.isfinite(values)])
+    for count in (1, 2, 3):
+        for below in range(count + 1):
+            rest = seen[below:len(seen) - count + below]
+            if len(rest) > 1 and seen[-1] - seen[0] >= 10 * (rest[-1] - rest[0]):
+                alone = [f"{value:g}" for value in seen if not rest[0] <= value <= rest[-1]]
+                return [f"{name}: {', '.join(alone)} squeezes all other values, {rest[0]:g} … {rest[-1]:g}, into "
+                        f"1/{(seen[-1] - seen[0]) / (rest[-1] - rest[0]):.0f} of the scale: if it means no data, save "
+                        f"numpy.where(a == {alone[0]}, numpy.nan, a)"]
+    return []
+
+
+def _cut(films, stop, length):
     """Where the last tenth of frames 0 … stop - 1 begins: one window of `length` or more, whole films from three on."""
     start = min(stop - stop // 10, stop - length)
-    return start // film * film if stop >= 3 * film else start
+    begins = [first for first, _ in films if first < stop]
+    return max((first for first in begins if first <= start), default=0) if len(begins) > 2 else start
 
 
-def _starts(first, stop, film, length, stride):
-    """Every stride-th window of `length` frames inside first … stop - 1 that stays inside one film."""
-    starts = [np.arange(max(first, at), min(stop, at + film) - length + 1, stride)
-              for at in range(first // film * film, stop, film)]
-    return np.concatenate(starts).astype(np.int64) if starts else np.empty(0, np.int64)
+def _starts(films, length, stride=1, first=0, stop=sys.maxsize):
+    """Every stride-th window of `length` frames inside first … stop - 1 that stays inside one film: int64."""
+    return np.concatenate([np.arange(max(first, at), min(stop, end) - length + 1, stride, dtype=np.int64)
+                           for at, end in films])
 
 
-def _unpacked(path, folder):
-    """The arrays `train` and `test` of a .npz file, each a .npy file of its own in the data folder: {name: path}.
-
-    Copied once, in a stream; a copy appears whole or not at all and is made again if the .npz has changed.
-    """
-    stat = path.stat()
-    mark = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
-    folder = folder / f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    copies = {part: folder / f"{part}-{mark}.npy" for part in ("train", "test")}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if missing := [part for part in copies if f"{part}.npy" not in names]:
-                raise DataError(f"{path} has no array called {' and none called '.join(missing)}, but "
-                                f"{', '.join(name.removesuffix('.npy') for name in names) or 'nothing'}: save "
-                                f"numpy.savez(path, train=..., test=...)")
-            for part in copies:
-                with archive.open(f"{part}.npy") as source:
-                    _header(source, f"{path} ({part})")
-            _folder(folder)
-            with alone_in(folder):
-                for part, copy in copies.items():
-                    if not copy.exists():
-                        size = archive.getinfo(f"{part}.npy").file_size
-                        with archive.open(f"{part}.npy") as source:
-                            write_whole(copy, lambda file: _copy(source, file, size, f"unpacking {path.name} ({part})"))
-    except READ_ERRORS as error:
-        if folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise _cannot_read(path, error) from None
-    for old in set(folder.glob("*.npy")) - set(copies.values()):
-        old.unlink()
-    return copies
+def _long_films(path, films, length, what):
+    """The films of at least `length` frames, and a note if others are passed over; DataError if none is left."""
+    long = [(first, stop) for first, stop in films if stop - first >= length]
+    if not long:
+        raise DataError(f"{path} has films of {max(stop - first for first, stop in films)} frames, fewer than {what}")
+    short = len(films) - len(long)
+    return long, [f"{path}: {short} of {len(films)} films are passed over, shorter than {what}"] if short else []
 
 
-def _copy(source, file, size, label):
-    with progress(total=size, unit="B", unit_scale=True, desc=label, disable=size < PIECE) as bar:
-        while part := source.read(1 << 20):
-            file.write(part)
-            bar.update(len(part))
+def _looked_at(path, frames, index, layout, ranges, starts, length):
+    """Notes on how a user's frames were read; DataError if a window has no data at all. ranges: of `frame_ranges`."""
+    empty = np.cumsum(np.r_[0, (ranges[..., 2] == math.prod(frames.shape[2:])).all(1)])
+    if (nothing := starts[empty[starts + length] - empty[starts] == length]).size:
+        raise DataError(f"{path} has no data at all (NaN) in frames {nothing[0]} to {nothing[0] + length - 1}, so a "
+                        f"window has none: leave them out, with what is before and after as two arrays of a .npz")
+    films, (low, high) = index["films"], _ends(ranges)
+    counts = sorted({stop - first for first, stop in films})
+    counts = " to ".join(map(str, counts[::max(1, len(counts) - 1)]))
+    text = (f"{path}: {_count(len(films), 'film')} of {counts} frames, {_count(frames.shape[1], 'channel')}, "
+            f"{frames.shape[2]}×{frames.shape[3]}, {frames.dtype} from {low:g} to {high:g}")
+    if layout is None:
+        other = "; --layout MTHW takes the first axis for films" if index["layout"] == "NCHW" else ""
+        text += f", read as {index['layout']}{other}"
+    missing = 100 * ranges[..., 2].sum() / (len(ranges) * math.prod(frames.shape[1:]))
+    return [text, *index["notes"]] + [f"{path}: {missing:.3g}% of the values are missing (NaN): the network reads 0 "
+                                      f"there, and they count in no loss and no score"] * bool(missing)
 
 
-def open_own(path, folder, frames_in=None, horizon=None, normalize=False):
-    """Windows of a .npy file, one film (N, H, W), (N, C, H, W) or M films (M, T, C, H, W), or of the arrays `train` and
-    `test` of a .npz file.
+def _count(number, what):
+    return f"{number} {what}{'s' * (number != 1)}"
 
-    The last tenth of the frames, at least one window, is the test part where there is one array only, and validation is
-    the last tenth of what is left; from three films on, whole films. Training windows begin at every frame, those of
-    validation and test every `horizon` frames, so that each frame is forecast once. folder: for what is kept.
+
+def open_own(path, data_dir="data", frames_in=None, horizon=None, normalize=None, layout=None, channels=None, unit=None,
+             thresholds=(), scale=None):
+    """Windows of a user's file or folder, as `own_frames` reads it. NaN is no data.
+
+    The last tenth of the frames, at least one window, is the test part, unless a .npz has a `test`; validation is the
+    last tenth of what is left; from three films on, whole films. Training windows begin at every frame, those of
+    validation and test every `horizon` frames, so that each frame is forecast once.
+
+    normalize: "range", that of the training part for each channel, or [low, high], which is 0 … 1 in pixels; scale:
+    the "scale" in `Clips.info()` of another run, instead. Without, uint8 is 0 … 255 and all else must lie in [0, 1].
+    layout: of an array, one of LAYOUTS; channels: 3 for colour in what ffmpeg reads; unit, thresholds: as in `Clips`.
     """
     frames_in, horizon = frames_in or 10, horizon or 10
-    length = frames_in + horizon
-    if path.is_dir():
-        what = "an empty folder" if not any(path.iterdir()) else "a folder"
-        raise DataError(f"{path} is {what}: --data takes a dataset's name or a .npy or .npz file")
-    if path.suffix not in (".npy", ".npz"):
-        raise DataError(f"{path} is neither a .npy nor a .npz file")
-    files, names = {"train": path, "test": path}, {"train": str(path), "test": str(path)}
-    if path.suffix == ".npz":
-        files, names = _unpacked(path, folder), {"train": f"{path} (train)", "test": f"{path} (test)"}
-    films = {part: _map(files[part], names[part]) for part in files}
-    frames = {part: array.reshape(-1, *array.shape[2:]) for part, array in films.items()}
-    if frames["train"].shape[1:] != frames["test"].shape[1:] or frames["train"].dtype != frames["test"].dtype:
-        raise DataError(f"{path}: train has frames {frames['train'].shape[1:]} {frames['train'].dtype}, test "
-                        f"{frames['test'].shape[1:]} {frames['test'].dtype}: they must be alike")
-    for part, array in films.items():
-        if array.shape[1] < length:
-            raise DataError(f"{names[part]} has films of {array.shape[1]} frames, fewer than one window of {frames_in} "
-                            f"+ {horizon}: lower --frames-in or --horizon")
-    film = films["train"].shape[1]
-    stop = len(frames["train"])
-    if path.suffix == ".npy":
-        stop = _cut(stop, film, length)
-    begin = _cut(stop, film, length)
-    starts = {"train": _starts(0, begin, film, length, 1), "valid": _starts(begin, stop, film, length, horizon)}
-    test_film = films["test"].shape[1]
-    first_test = 0 if path.suffix == ".npz" else stop
-    starts["test"] = _starts(first_test, len(frames["test"]), test_film, length, horizon)
+    length, what = frames_in + horizon, f"one window of {frames_in or 10} + {horizon or 10}"
+    frames, index = own_frames(path, data_dir, layout, channels)
+    films, notes = _long_films(path, index["films"], length, f"{what}: lower --frames-in or --horizon")
+    stop = films[-1][1]
+    first_test = _cut(films, stop, length) if index["test"] is None else index["films"][index["test"]][0]
+    begin = _cut(films, first_test, length)
+    starts = {"train": _starts(films, length, 1, 0, begin), "valid": _starts(films, length, horizon, begin, first_test),
+              "test": _starts(films, length, horizon, first_test)}
     if empty := [part for part in starts if not len(starts[part])]:
-        raise DataError(f"{path} has {len(frames['train'])} frames: not a window of {frames_in} + {horizon} each for "
-                        f"training, validation and test (none for {' and '.join(empty)}): lower --frames-in or "
-                        f"--horizon")
-    scale, notes = _own_scale(path, names, frames, stop, first_test, normalize, folder)
-    parts = {part: (frames["test" if part == "test" else "train"], starts[part]) for part in starts}
-    return Windows(f"{path.stem}_{path.suffix[1:]}", parts, frames_in, horizon, scale=scale, notes=notes,
-                   test_set=f"frames {first_test} to {len(frames['test']) - 1} of {path.name}")
+        raise DataError(f"{path} has {len(frames)} frames: not {what} each for training, validation and test (none for "
+                        f"{' and '.join(empty)}): lower --frames-in or --horizon")
+    ranges = _kept_ranges(frames, path, index["folder"])
+    read, *about = _looked_at(path, frames, index, layout, ranges, np.concatenate([*starts.values()]), length)
+    if normalize == "range" and scale is None:
+        scale, more = _scale_of_training(path, frames, first_test, ranges, per_channel=True)
+    else:
+        scale, more = _fixed_scale(path, frames, ranges, normalize, scale)
+    spans = ", ".join(f"{len(starts[part])} {name} (frames {starts[part][0]} … {starts[part][-1] + length - 1})" for
+                      part, name in (("train", "training"), ("valid", "validation"), ("test", "test")))
+    notes = [f"{read}; windows of {frames_in} + {horizon}: {spans}", *about, *notes, *more]
+    return Windows(_own_name(path), frames, starts, frames_in, horizon, scale=scale, notes=notes, own=True, unit=unit,
+                   thresholds=thresholds, masked=bool(ranges[..., 2].any()),
+                   test_set=f"frames {starts['test'][0]} to {len(frames) - 1} of {path.name}")
 
 
-def _own_scale(path, names, frames, stop, first_test, normalize, folder):
-    """The scale of a file of one's own, after a look at every value, and notes. stop: end of the training side."""
-    side = frames["train"][:stop]
-    low, high = _checked_range(side, path, names["train"], 0, folder)
-    least, most = _checked_range(frames["test"][first_test:], path, names["test"], first_test, folder)
-    if normalize:
-        return _scale_of_range(path, low, high, least, most)
-    if side.dtype == np.uint8:
-        return LEVELS, []
-    if min(low, least) < 0 or max(high, most) > 1:
-        raise DataError(f"{path} goes from {min(low, least):g} to {max(high, most):g}: floats must lie in [0, 1]; "
-                        f"--normalize scales them")
-    return PLAIN, []
+def _own_name(path):
+    return "_".join(filter(None, (path.resolve().stem, path.suffix[1:])))
 
 
-def _scale_of_range(name, low, high, least, most):
-    """The scale of a training part from low to high, and notes. least, most: the range of the test part."""
-    if low == high:
-        raise DataError(f"{name}: the training part is {low:g} everywhere, so it cannot be scaled")
-    notes = [f"{name}: scaled by the training part's minimum and maximum, {low:g} and {high:g}"]
-    if least < low or most > high:
-        notes.append(f"{name}: the test part goes from {least:g} to {most:g} and is clipped")
-    return Scale(low, high), notes
-
-
-class Films:
-    """Films of a user's, to be forecast beyond their end from the last `frames_in` frames of each.
-
-    count: how many films; channels, size, frames_in as in `Clips`.
-    """
-
-    def __init__(self, array, frames_in, scale, axes):
-        self.array, self.frames_in, self.scale, self.axes = array, frames_in, scale, axes
-        self.count, _, self.channels, *size = array.shape
-        self.size = tuple(size)
-
-    def frames(self, start, stop, device="cpu"):
-        """Films start … stop - 1: float32 (b, frames_in, C, H, W) in [0, 1]."""
-        return torch.from_numpy(self.scale.to_network(self.array[start:stop, -self.frames_in:])).to(device)
-
-    def as_file(self, forecast):
-        """A forecast of all films, (M, K, C, H, W), as an array of the file's own units, dtype and number of axes.
-
-        It is clipped to [0, 1] first.
-        """
-        values = self.scale.to_units(forecast.detach().cpu().double().clamp(0, 1).numpy())
-        values = (np.rint(values) if self.array.dtype == np.uint8 else values).astype(self.array.dtype)
-        return values if self.axes == 5 else values[0] if self.axes == 4 else values[0, :, 0]
+def _fixed_scale(path, frames, ranges, normalize=None, scale=None):
+    """The scale of a user's frames from --normalize LOW HIGH, from another run or from their type, and notes."""
+    low, high = _ends(ranges)
+    if normalize is not None and scale is not None:
+        raise DataError(f"{path}: --normalize and the scale of the run that is gone on from cannot both be: leave "
+                        f"--normalize out")
+    if normalize is None and scale is None:
+        if frames.dtype != np.uint8 and (low < 0 or high > 1):
+            raise DataError(f"{path} goes from {low:g} to {high:g}: what is not uint8 must lie in [0, 1]; --normalize "
+                            f"scales it by the training part's range, --normalize LOW HIGH by these two numbers")
+        return LEVELS if frames.dtype == np.uint8 else PLAIN, []
+    found = _scale("--normalize", *normalize) if scale is None else scale_of({"scale": scale})
+    if isinstance(found, RainScale):
+        return found, []
+    if np.size(found.low) not in (1, frames.shape[1]):
+        raise DataError(f"{path} has {frames.shape[1]} channels, the run's scale {np.size(found.low)}")
+    notes = [f"{path}: scaled so that {found.low} … {found.high} is 0 … 1"]
+    if low < np.min(found.low) or high > np.max(found.high):
+        notes.append(f"{path}: its values go from {low:g} to {high:g}; those outside are clipped")
+    return found, notes
 
 
 def scale_of(info):
@@ -861,40 +1106,91 @@ def scale_of(info):
     return None if note is None else RainScale() if note == "rain" else Scale(*note)
 
 
-def open_films(path, info):
-    """The films of a .npy file, (N, H, W), (N, C, H, W) or (M, T, C, H, W), for a model trained on the data of `info`.
-
-    info: the `Clips.info()` of those data: frames_in, channels and size that the model takes, and the scale, if the
-    data have one of their own; otherwise uint8 is 0 … 255 and floats lie in [0, 1]. Raises DataError, one line.
-    """
+def _frames_for(path, data_dir, info, options, any_size):
+    """`own_frames` for a trained run: DataError where the frames are not as the model of `info` takes them."""
     path = Path(path)
-    if path.suffix != ".npy" or not path.is_file():
-        raise DataError(f"{path} is {'not a .npy' if path.exists() else 'no'} file: films to forecast come as .npy")
-    array = _map(path, path)
-    frames_in, channels, size = info["frames_in"], info["channels"], tuple(info["size"])
-    if array.shape[2:] != (channels, *size):
-        has = " x ".join(str(n) for n in array.shape[2:])
-        raise DataError(f"{path} has frames of {has} (channels, height, width), the model takes {channels} x {size[0]} "
-                        f"x {size[1]}")
-    if array.shape[1] < frames_in:
-        raise DataError(f"{path} has films of {array.shape[1]} frames, the model reads {frames_in}")
-    scale, last = scale_of(info), array[:, -frames_in:]
-    for number, film in enumerate(last):
-        low, high = _range(film, path, number * array.shape[1] + array.shape[1] - frames_in)
-        if scale is None and array.dtype != np.uint8 and (low < 0 or high > 1):
-            raise DataError(f"{path} goes from {low:g} to {high:g}: floats must lie in [0, 1] for this model")
-    with open(path, "rb") as file:
-        axes = len(_header(file, path)[0])
-    return Films(array, frames_in, scale or (LEVELS if array.dtype == np.uint8 else PLAIN), axes)
+    if not path.exists():
+        raise DataError(f"{path} does not exist")
+    frames, index = own_frames(path, data_dir, options.get("layout"), options.get("channels"), info["channels"])
+    takes = (info["channels"], *info["size"])
+    if frames.shape[1] != takes[0] or not any_size and frames.shape[1:] != takes:
+        has, takes = (" x ".join(map(str, shape)) for shape in (frames.shape[1:], takes))
+        raise DataError(f"{path} has frames of {has} (channels, height, width), the model takes {takes}")
+    return path, frames, index
+
+
+def open_test(path, data_dir, info, options=None, horizon=None, any_size=False):
+    """A user's file or folder of which every window is for the test, in the scale of a run on the data of `info`.
+
+    options: "layout", "channels", "unit", "thresholds", as in `open_own`, where given.
+    """
+    options = options or {}
+    path, frames, index = _frames_for(path, data_dir, info, options, any_size)
+    frames_in, horizon = info["frames_in"], horizon or info["test_horizon"]
+    length, none = frames_in + horizon, np.empty(0, np.int64)
+    films, notes = _long_films(path, index["films"], length, f"one window of {frames_in} + {horizon}: lower --horizon")
+    starts = {"train": none, "valid": none, "test": _starts(films, length, horizon)}
+    ranges = _kept_ranges(frames, path, index["folder"])
+    about = _looked_at(path, frames, index, options.get("layout"), ranges, starts["test"], length)
+    scale, more = _fixed_scale(path, frames, ranges, None, info.get("scale"))
+    return Windows(_own_name(path), frames, starts, frames_in, horizon, scale=scale, notes=[*about, *notes, *more],
+                   own=True, unit=options.get("unit", info.get("unit")), masked=bool(ranges[..., 2].any()),
+                   thresholds=options.get("thresholds", info.get("thresholds", ())), test_set=f"all of {path.name}")
+
+
+class Films(Windows):
+    """Films of a user's, to be forecast beyond their end from the last `frames_in` frames of each."""
+
+    def __init__(self, layout, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.layout, self.count = layout, self.test_count
+
+    def frames(self, start, stop, device="cpu"):
+        """Films start … stop - 1: float32 (b, frames_in, C, H, W) in [0, 1], NaN where there are no data."""
+        return self.test(start, stop, device)
+
+    def as_file(self, forecast):
+        """A forecast of all films, (M, K, C, H, W), as an array of the file's own units, dtype and axes.
+
+        It is clipped to [0, 1] first. Several films of one frame axis each have an axis M in front.
+        """
+        values, dtype = self.to_units(forecast.detach().cpu().double().clamp(0, 1)).numpy(), self.array.dtype
+        if dtype.kind in "iu":
+            values = np.rint(values).clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+        if self.layout[-1] == "C":
+            values = np.moveaxis(values, 2, -1)
+        elif "C" not in self.layout:
+            values = values[:, :, 0]
+        return (values if self.layout[0] == "M" or self.count > 1 else values[0]).astype(dtype)
+
+
+def open_films(path, data_dir, info, options=None, any_size=False):
+    """A user's file or folder of films, to be forecast by a model that was trained on the data of `info`.
+
+    info: the `Clips.info()` of those data: frames_in, channels and size that the model takes (any_size: whatever the
+    size), and the scale, if they have one of their own. options: "layout", "channels", as in `open_own`, where given.
+    """
+    options = options or {}
+    path, frames, index = _frames_for(path, data_dir, info, options, any_size)
+    frames_in, none = info["frames_in"], np.empty(0, np.int64)
+    films, notes = _long_films(path, index["films"], frames_in, f"the {frames_in} that the model reads")
+    starts = np.array([stop - frames_in for _, stop in films], np.int64)
+    ranges = np.concatenate([frame_ranges(frames[start:start + frames_in], path, start) for start in starts])
+    about = _looked_at(path, frames, index, options.get("layout"), ranges, np.arange(0, len(ranges), frames_in),
+                       frames_in)
+    scale, more = _fixed_scale(path, frames, ranges, None, info.get("scale"))
+    return Films(index["layout"], _own_name(path), frames, {"train": none, "valid": none, "test": starts}, frames_in, 0,
+                 scale=scale, notes=[*about, *notes, *more], own=True, unit=info.get("unit"),
+                 masked=bool(ranges[..., 2].any()))
 
 
 # --------------------------------------------------------------------------- datasets unpacked once into one long array
 
 class FrameWriter:
-    """Frames appended to an open .npy file whose length nobody knows before its end."""
+    """Frames appended to an open .npy file whose length nobody knows before its end. dtype, shape: of a frame."""
 
     def __init__(self, file, dtype, shape):
-        self.file, self.dtype, self.shape = file, np.dtype(dtype), tuple(shape)
+        self.file, self.dtype, self.shape = file, dtype and np.dtype(dtype), shape and tuple(shape)
         self.restart()
 
     def restart(self):
@@ -925,7 +1221,7 @@ def unpack_once(folder, sources, dtype, shape, write, about=""):
     counts as whole only once its index is there. Where no source is left, what was unpacked before is used; None where
     there is nothing at all. about: what else the result depends on.
     """
-    stats = [(str(path.relative_to(folder)), path.stat()) for path in sources]
+    stats = [(str(path.relative_to(folder) if path.is_relative_to(folder) else path), path.stat()) for path in sources]
     state = [about, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
     mark = hashlib.sha256(repr(state).encode()).hexdigest()[:12]
     path = folder / f"frames-{mark}.npy"
@@ -978,12 +1274,6 @@ def _nothing_to_read(name, folder):
 def _need_windows(name, starts, length, why=""):
     if empty := [part for part in starts if not len(starts[part])]:
         raise DataError(f"{name}: not one window of {length} frames for {' and '.join(empty)}{why}")
-
-
-def _scale_of_training(name, frames, stop):
-    """From the range of frames 0 … stop - 1, the training side, to pixels: (scale, notes). The rest is the test's."""
-    (low, high), (least, most) = _range(frames[:stop], name), _range(frames[stop:], name)
-    return _scale_of_range(name, low, high, least, most)
 
 
 def _windows(first, stop, length, stride=1):
@@ -1102,8 +1392,8 @@ def _taxibj_of_days(frames, index, setup, frames_in, horizon):
               f"training, 1,344 test); {shared} left out, which would share frames with validation or test; "
               f"{index['dropped']} days without all 48 slots dropped"]
     frames = frames[:, :1] if setup == "fullres" else frames
-    parts = {"train": (frames, train), "valid": (frames, valid), "test": (frames, test)}
-    return Windows("taxibj", parts, frames_in, horizon, scale=scale, unit="taxis per 30 min", notes=notes,
+    starts = {"train": train, "valid": valid, "test": test}
+    return Windows("taxibj", frames, starts, frames_in, horizon, scale=scale, unit="taxis per 30 min", notes=notes,
                    test_set=f"the last {TAXIBJ_TEST} windows{', inflow alone' if setup == 'fullres' else ''}")
 
 
@@ -1144,7 +1434,7 @@ def _taxibj_of_clips(frames, index, setup, frames_in, horizon):
     parts = {"train": starts[:-7][:-valid - 7], "valid": starts[:-7][-valid:], "test": np.arange(first_test, stop, 8)}
     _need_windows("taxibj", parts, 8)
     frames = frames[:, :1] if setup == "fullres" else frames
-    return Windows("taxibj", {part: (frames, parts[part]) for part in parts}, frames_in, horizon, scale=Scale(-1, 1),
+    return Windows("taxibj", frames, parts, frames_in, horizon, scale=Scale(-1.0, 1.0),
                    unit="flow scaled to [-1, 1]",
                    test_set=f"X_test and Y_test of dataset.npz{', inflow alone' if setup == 'fullres' else ''}",
                    notes=[f"TaxiBJ: {len(parts['train'])} training and {len(parts['valid'])} validation clips of "
@@ -1195,8 +1485,7 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
         notes.append(f"KTH: {len(skipped)} files skipped: {', '.join(skipped)}")
     if short:
         notes.append(f"KTH: {len(short)} files shorter than their ranges: {', '.join(short)}")
-    parts = {part: (frames, starts[part]) for part in starts}
-    return Windows("kth", parts, frames_in, horizon, test_horizon, notes=notes,
+    return Windows("kth", frames, starts, frames_in, horizon, test_horizon, notes=notes,
                    test_set=f"people 17-25, {', '.join(actions)}, {frames_in} -> {test_horizon}")
 
 
@@ -1250,28 +1539,19 @@ def _film(path):
 class RainScale:
     """Rain R in mm/h and pixels: dBZ = 10·log10(256·R^1.42), pixel = clip((dBZ + 10)/70, 0, 1).
 
-    Rain-free and no data are 0, and 0 is rain-free.
+    Rain-free is 0, and 0 is rain-free. Tensors on any device; no data, NaN, stays NaN.
     """
 
     def note(self):
         return "rain"
 
     def to_network(self, rain):
-        rain = np.nan_to_num(rain.astype(np.float64))
-        with np.errstate(divide="ignore"):
-            dbz = 10 * np.log10(256 * rain.clip(0, None)**1.42)
-        return ((dbz + 10) / 70).clip(0, 1).astype(np.float32)
+        dbz = 10 * torch.log10(256 * rain.double().clamp(min=0)**1.42)
+        return ((dbz + 10) / 70).clamp(0, 1).float()
 
     def to_units(self, pixels):
-        rain = (10**((70 * pixels - 10) / 10) / 256)**(1 / 1.42)
+        rain = (10**((70 * pixels.double() - 10) / 10) / 256)**(1 / 1.42)
         return rain * (pixels > 0)
-
-
-class RainWindows(Windows):
-    """Windows of rain, in which frames hold NaN where there are no data: those pixels are left out of the scores."""
-
-    def test_mask(self, start, stop, device="cpu"):
-        return torch.from_numpy(~np.isnan(self._values("test", slice(start, stop), self.test_horizon))).to(device)
 
 
 def open_germany(folder, setup="patch4", frames_in=None, horizon=None):
@@ -1303,9 +1583,8 @@ def open_germany(folder, setup="patch4", frames_in=None, horizon=None):
     _need_windows("germany", starts, length, ": 2006-2014 is for training and validation, 2015-2017 for the test")
     notes = [f"Germany: {len(frames)} frames 30 minutes apart from {index['composites']} composites; windows left out "
              f"for a missing composite: {left_out['train']} in training, {left_out['test']} in the test"]
-    parts = {part: (frames, starts[part]) for part in starts}
-    return RainWindows("germany", parts, frames_in, horizon, scale=RainScale(), order=order, unit="mm/h", notes=notes,
-                       test_set="2015-2017")
+    return Windows("germany", frames, starts, frames_in, horizon, scale=RainScale(), order=order, unit="mm/h",
+                   thresholds=(0.5, 2, 5), masked=True, notes=notes, test_set="2015-2017")
 
 
 def _minutes(time):
@@ -1500,8 +1779,7 @@ def open_typhoon(folder, setup="patch4", frames_in=None, horizon=None, box=None)
     scale, notes = _scale_of_training("typhoon", frames, test[0])
     notes += [f"Typhoon: {len(hours)} hours, {len(gaps)} gaps; {len(train)} training, {len(valid)} validation, "
               f"{len(test)} test windows (the paper: 1,809 training, 603 test)"]
-    parts = {part: (frames, parts[part]) for part in parts}
-    return Windows("typhoon", parts, frames_in, horizon, scale=scale, notes=notes,
+    return Windows("typhoon", frames, parts, frames_in, horizon, scale=scale, notes=notes,
                    test_set=f"the last quarter, {region}")
 
 
@@ -1548,25 +1826,28 @@ DATASETS = {"moving_mnist": open_moving_mnist, "moving_digits": open_moving_digi
             "kth": open_kth, "germany": open_germany, "typhoon": open_typhoon}
 
 
-def open_data(name_or_path, data_dir="data", setup="patch4", frames_in=None, horizon=None, normalize=False, box=None):
-    """Open a dataset by name, or a file of your own by its path: a `Clips`.
+OWN_OPTIONS = ("normalize", "layout", "channels", "unit", "thresholds", "scale")
+
+
+def open_data(name_or_path, data_dir="data", setup="patch4", frames_in=None, horizon=None, **options):
+    """Open a dataset by name, or a file or folder of your own by its path: a `Clips`.
 
     data_dir: the folder where datasets lie or are downloaded to. setup: "patch4" or "fullres", where a dataset differs
-    between them. frames_in, horizon: override the dataset's. normalize: scale a file of your own by its training part's
-    minimum and maximum. box: the region of typhoon. Raises DataError, one line, for whatever cannot be used.
+    between them. frames_in, horizon: override the dataset's. options, JSON-safe, None for not given: "box", the region
+    of typhoon; those of `open_own` for your own. Raises DataError, one line, for whatever cannot be used.
     """
+    options = {name: value for name, value in options.items() if value is not None}
     for option, value in (("--frames-in", frames_in), ("--horizon", horizon)):
         if value is not None and value < 1:
             raise DataError(f"{option} {value}: at least 1 frame is needed")
-    if normalize and name_or_path in DATASETS:
-        raise DataError(f"--normalize is for a file of your own, not for {name_or_path}")
-    if box is not None and name_or_path != "typhoon":
-        raise DataError(f"--box is for typhoon, not for {name_or_path}")
-    if name_or_path in DATASETS:
+    own = name_or_path not in DATASETS
+    takes = OWN_OPTIONS if own else ("box",) if name_or_path == "typhoon" else ()
+    if wrong := [name for name in options if name not in takes]:
+        raise DataError(f"--{wrong[0]} is for {'typhoon' if wrong[0] == 'box' else 'files of your own'}, not for "
+                        f"{name_or_path}")
+    if not own:
         folder = Path(data_dir) / ("mnist" if name_or_path == "moving_mnist" else name_or_path)
-        region = {"box": box} if name_or_path == "typhoon" else {}
-        return DATASETS[name_or_path](folder, setup, frames_in, horizon, **region)
-    path = Path(name_or_path)
-    if path.exists():
-        return open_own(path, Path(data_dir) / "own", frames_in, horizon, normalize)
-    raise DataError(f"no dataset and no file is called {name_or_path}; datasets: {', '.join(DATASETS)}")
+        return DATASETS[name_or_path](folder, setup, frames_in, horizon, **options)
+    if not (path := Path(name_or_path)).exists():
+        raise DataError(f"no dataset and no file is called {name_or_path}; datasets: {', '.join(DATASETS)}")
+    return open_own(path, data_dir, frames_in, horizon, **options)

@@ -558,13 +558,19 @@ def batches(part, total, horizon, forecast, device, stop):
             yield rows, frames, forecast(frames[:, :-horizon], horizon)
 
 
+def known(frames, clips):
+    """Where clips have data, bool; None for everywhere."""
+    return ~frames.isnan() if clips.masked else None
+
+
 def validate(model, config, clips, device, stop):
     """The forecast's mean MSE over some of the validation set; None if the user asks to stop meanwhile."""
     scores, horizon = [], config["horizon"]
     try:
         for _, frames, predictions in batches(clips.valid, config["valid_sequences"], horizon, Forecaster(model, config),
                                               device, stop):
-            scores.append(metrics.frame_scores(predictions[:, -horizon:], frames[:, -horizon:])["mse"])
+            truth = frames[:, -horizon:]
+            scores.append(metrics.frame_scores(predictions[:, -horizon:], truth, known(truth, clips))["mse"])
     except Interrupted:
         return None
     mse = torch.cat(scores).cpu() if scores else torch.empty(0, horizon, dtype=torch.float64)
@@ -576,8 +582,8 @@ def evaluate(model, config, clips, device, stop, piece=EVAL_BATCH):
     many sequences went through the model at a time."""
     scores, rain, horizon = {}, {}, clips.test_horizon
     forecast = Forecaster(model, config, piece)
-    for rows, frames, predictions in batches(clips.test, config["eval_sequences"], horizon, forecast, device, stop):
-        counts = clips.test_mask(*rows, device)
+    for _, frames, predictions in batches(clips.test, config["eval_sequences"], horizon, forecast, device, stop):
+        counts, frames = known(frames, clips), frames.nan_to_num(0.0)
         shown = {"forecast": (predictions[:, -horizon:], slice(-horizon, None)),
                  "all_predictions": (predictions, slice(1, None)),
                  "repeat_last": (frames[:, -horizon - 1:-horizon].expand_as(frames[:, -horizon:]), slice(-horizon, None)),
@@ -650,10 +656,10 @@ def label_of(config, clips, iteration):
 def write_film_strip(model, config, clips, device, path, iteration, sequences=3):
     """The first test sequences and their forecasts."""
     past, stop = config["frames_in"], min(sequences, clips.test_count)
-    frames, mask = clips.test(0, stop, device), clips.test_mask(0, stop, device)
+    truth = clips.test(0, stop, device)
+    frames = truth.nan_to_num(0.0)
     with autocast(device, config["precision"]):
         forecasts = model(frames[:, :past], horizon=clips.test_horizon)[:, -clips.test_horizon:].float().clamp(0, 1)
-    truth = frames if mask is None else frames.where(mask, math.nan)
     films = [metrics.Film(f"test sequence {k}", past, one.cpu(), {"": forecast.cpu()})
              for k, (one, forecast) in enumerate(zip(truth, forecasts))]
     data.write_whole(path, metrics.png(metrics.film_sheet(films, label_of(config, clips, iteration))))
@@ -914,7 +920,7 @@ def command_predict(args):
         raise UserError("--predict RUN needs --data X: a file with the frames to go on from")
     run, device = trained(args, args.predict)
     config = run.config
-    films = data.open_films(args.data, config["clips"])
+    films = data.open_films(args.data, data_dir_of(run, args), config["clips"])
     horizon, stem, forecast = args.horizon or config["horizon"], Path(args.data).stem, Forecaster(run.model, config)
     forecasts = []
     for start in tqdm(range(0, films.count, EVAL_BATCH), desc="forecast", disable=not sys.stderr.isatty()):
@@ -1014,26 +1020,24 @@ class Figures:
         """{"best": (number of a test sequence, its forecast's MSE), "median": …, "worst": …}"""
         scores, horizon = [], self.clips.test_horizon
         with Stop() as stop:
-            for rows, frames, predictions in batches(self.clips.test, self.results["sequences"], horizon,
+            for _, frames, predictions in batches(self.clips.test, self.results["sequences"], horizon,
                                                      Forecaster(self.model, self.config), self.device, stop):
-                mask = self.clips.test_mask(*rows, self.device)
-                scores.append(metrics.frame_scores(predictions[:, -horizon:], frames[:, -horizon:],
-                                                   mask if mask is None else mask[:, -horizon:]))
+                truth = frames[:, -horizon:]
+                scores.append(metrics.frame_scores(predictions[:, -horizon:], truth, known(truth, self.clips)))
         return metrics.ranked({name: torch.cat([batch[name] for batch in scores]).cpu() for name in scores[0]})
 
     @torch.no_grad()
     def forecast(self, number, extras="loss"):
         """A test sequence and its forecast, in the data's unit; all frames that the model read; its extras."""
-        past, frames = self.clips.frames_in, self.clips.test(number, number + 1, self.device)
+        past, truth = self.clips.frames_in, self.clips.test(number, number + 1, self.device)
+        frames = truth.nan_to_num(0.0)
         with autocast(self.device, self.config["precision"]):
             predictions, found = self.model(frames[:, :past], horizon=self.clips.test_horizon, extras=extras)
         extras = {name: [layer.float().cpu() for layer in (layers if isinstance(layers, list) else [layers])]
                   for name, layers in found.items() if name != "loss"}
         predictions = predictions.float().clamp(0, 1)
         reads = torch.cat([frames[0, :past], predictions[0, past - 1:-1]]).cpu()
-        truth, forecast = (in_units(self.clips, film) for film in (frames, predictions[:, past - 1:]))
-        if (mask := self.clips.test_mask(number, number + 1, self.device)) is not None:
-            truth = truth.where(mask, math.nan)
+        truth, forecast = (in_units(self.clips, film) for film in (truth, predictions[:, past - 1:]))
         return truth[0].cpu(), forecast[0].cpu(), reads, extras
 
     def pictures(self, ranked):
@@ -1049,7 +1053,7 @@ class Figures:
                     "validation": ("MSE of the forecast (sum over a frame)", self.validation)}
         training = {name: (ylabel, [point for point in points if point[0] <= self.iteration])
                     for name, (ylabel, points) in training.items()}
-        points = metrics.query_points(self.clips.test(median, median + 1)[0, past - 1])
+        points = metrics.query_points(self.clips.test(median, median + 1)[0, past - 1].nan_to_num(0.0))
         _, _, reads, extras = self.forecast(median, points)
         about = (f"test sequence {median}; up to t={past} it reads true frames, then its own forecasts; a scale for each row")
         images = {"films": metrics.film_sheet(films, self.label, unit),

@@ -176,7 +176,8 @@ def test_clips_are_what_the_interface_says(clips):
     for frames in (clips.train(0, 0, 3), clips.valid(0, 3), clips.test(0, 3)):
         assert frames.shape == (3, 20, 1, 64, 64) and frames.dtype == torch.float32
         assert frames.min() == 0 and frames.max() == 1
-    assert clips.test_mask(0, 3) is None and clips.to_units(frames) is frames and clips.unit is None
+    assert not clips.masked and not clips.own and clips.to_units(frames) is frames and clips.unit is None
+    assert clips.test_units(0, 3).equal(clips.test(0, 3).double()) and len(clips.info()["checksum"]) == 16
     assert clips.info()["test_count"] == clips.test_count
 
 

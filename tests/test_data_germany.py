@@ -187,7 +187,7 @@ def test_windows_years_and_missing_composites(folder, shuffled):
     assert rates(clips, clips.valid(0, 9)).tolist() == [[20, 21, 22, 23]]
     assert rates(clips, clips.test(0, 9)).tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
     assert "1 in training, 0 in the test" in " ".join(clips.info()["notes"]) and clips.test_count == 2
-    assert clips.test_mask(0, 2).all() and clips.test_mask(0, 2).shape == clips.test(0, 2).shape
+    assert clips.masked and clips.test(0, 2).isfinite().all() and clips.thresholds == (0.5, 2, 5)
     default = data.open_data("germany", folder.parent, setup="fullres", frames_in=4, horizon=4)
     assert default.test_count == 1 and default.frames_in == default.horizon == 4
 
@@ -200,19 +200,22 @@ def test_no_data_is_black_and_left_out_of_the_scores(folder):
         for k in range(count):
             (folder / name(later(start, 30 * k))).write_bytes(composite(later(start, 30 * k), raw))
     clips = opened(folder)
-    mask, frames = clips.test_mask(0, 1), clips.test(0, 1)
-    assert mask.dtype == torch.bool and (~mask).sum() == 4 and not mask[:, :, :, 179, 1].any()
-    assert (frames[~mask] == 0).all() and torch.allclose(clips.to_units(frames[mask]), torch.tensor(12.0))
+    frames = clips.test(0, 1)
+    missing = frames.isnan()
+    assert missing.sum() == 4 and missing[:, :, :, 179, 1].all() and clips.test_units(0, 1).isnan().equal(missing)
+    assert torch.allclose(clips.to_units(frames[~missing]), torch.tensor(12.0, dtype=torch.float64), rtol=1e-5)
+    assert (clips.test_units(0, 1)[~missing] == 12).all()
+    assert clips.train(0, 0, 2).isnan().sum() == 2 * 4 and clips.valid(0, 1).isnan().sum() == 4
 
 
 def test_pixels_and_rates(folder):
     scale = data.RainScale()
-    rain = np.array([0, 0.01, 0.5, 2, 5, 30, 1000, np.nan])
+    rain = torch.tensor([0, 0.01, 0.5, 2, 5, 30, 1000, np.nan], dtype=torch.float64)
     pixels = scale.to_network(rain)
-    assert pixels[0] == pixels[-1] == 0 and pixels.dtype == np.float32
+    assert pixels[0] == 0 and pixels[-1].isnan() and pixels.dtype == torch.float32
     by_hand = [(10 * np.log10(256 * r**1.42) + 10) / 70 for r in (0.01, 0.5, 2, 5, 30)]
     assert np.allclose(pixels[1:6], by_hand) and pixels[6] == 1
-    assert np.allclose(scale.to_units(torch.from_numpy(pixels[:6])), rain[:6], rtol=1e-4)
+    assert np.allclose(scale.to_units(pixels[:6]), rain[:6], rtol=1e-4)
     assert isinstance(data.scale_of({"scale": scale.note()}), data.RainScale)
 
 
@@ -268,8 +271,9 @@ def test_rydl(folder):
                 file.create_dataset(f"{later(start, 30 * k):%Y%m%d%H%M}", data=rain, chunks=(900, 900), compression=1)
         file.create_dataset(f"{later(OLD, 5):%Y%m%d%H%M}", data=np.full((900, 900), 9, np.float32))
     clips = opened(folder)
-    assert torch.allclose(clips.to_units(clips.test(0, 1))[0, :, 0, 0, 0], 0.12 * torch.arange(4.0), rtol=1e-4)
-    assert (~clips.test_mask(0, 1)).sum() == 4 * 2 and not clips.test_mask(0, 1)[:, :, :, 179, :2].any()
+    assert torch.allclose(clips.to_units(clips.test(0, 1))[0, :, 0, 0, 0], 0.12 * torch.arange(4.0).double(), rtol=1e-4)
+    missing = clips.test(0, 1).isnan()
+    assert missing.sum() == 4 * 2 and missing[:, :, :, 179, :2].all()
     whole = path.read_bytes()
     for old in folder.glob("frames-*"):
         old.unlink()

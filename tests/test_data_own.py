@@ -121,12 +121,12 @@ def test_a_batch_is_a_function_of_seed_and_iteration(tmp_path):
 
 def test_normalize_scales_by_the_training_part_and_is_undone(tmp_path):
     array = numbered(100, dtype=np.float64) * 3 - 50
-    clips = opened(save(tmp_path / "film.npy", array), tmp_path, normalize=True)
+    clips = opened(save(tmp_path / "film.npy", array), tmp_path, normalize="range")
     assert clips.info()["scale"] == [-50, 217] and "clipped" in " ".join(clips.info()["notes"])
     valid = clips.valid(0, 1)
-    assert torch.allclose(clips.to_units(valid)[0, :, 0, 0, 0], torch.tensor([193.0, 196, 199, 202, 205]), atol=1e-4)
+    assert np.allclose(clips.to_units(valid)[0, :, 0, 0, 0], [193, 196, 199, 202, 205], atol=1e-4)
     assert clips.test(0, 1).min() == 1                                                  # beyond the training part
-    levels = opened(save(tmp_path / "levels.npy", numbered(100)), tmp_path, normalize=True)
+    levels = opened(save(tmp_path / "levels.npy", numbered(100)), tmp_path, normalize="range")
     assert levels.info()["scale"] == [0, 89] and levels.valid(0, 1)[0, 0].unique().item() == np.float32(81 / 89)
 
 
@@ -147,20 +147,20 @@ REFUSED = {
     "one axis": (lambda: np.zeros(30, np.uint8), "has shape (30,)"),
     "six axes": (lambda: np.zeros((1,) * 6, np.uint8), "has shape"),
     "no frames": (lambda: np.zeros((0, 4, 4), np.uint8), "has shape (0, 4, 4)"),
-    "int32": (lambda: np.zeros((30, 4, 4), np.int32), "holds int32"),
-    "bool": (lambda: np.zeros((30, 4, 4), bool), "holds bool"),
+    "int32": (lambda: np.full((30, 4, 4), 7, np.int32), "from 7 to 7: what is not uint8 must lie in [0, 1]"),
     "complex": (lambda: np.zeros((30, 4, 4), complex), "holds complex128"),
     "text": (lambda: np.full((30, 4, 4), "a"), "holds <U1"),
     "record": (lambda: np.zeros((30, 4, 4), [("a", "u1")]), "holds"),
     "objects": (pickled, "pickled objects"),
-    "channels": (lambda: np.zeros((20, 100, 4, 4), np.uint8), "mnist_test_seq.npy is (T, N, H, W)"),
-    "NaN": (lambda: np.where(np.arange(30) == 7, np.nan, 0.5)[:, None, None] * np.ones((4, 4)), "infinity in frame 7"),
+    "channels": (lambda: np.zeros((3, 30, 17, 4, 4), np.uint8), "17 channels, more than 16"),
+    "no data": (lambda: np.where(np.arange(30) // 5 == 1, np.nan, 0.5)[:, None, None] * np.ones((4, 4)),
+                "no data at all (NaN) in frames 5 to 9"),
     "infinity": (lambda: np.where(np.arange(30) == 29, -np.inf, 0.5)[:, None, None] * np.ones((4, 4)), "in frame 29"),
     "below": (lambda: np.linspace(-0.1, 1, 30)[:, None, None] * np.ones((4, 4)), "--normalize"),
     "above": (lambda: np.linspace(0, 1.5, 30)[:, None, None] * np.ones((4, 4)), "from 0 to 1.5"),
     "short": (lambda: np.zeros((4, 4, 4), np.uint8), "films of 4 frames, fewer than one window of 3 + 2"),
     "short films": (lambda: np.zeros((50, 4, 1, 4, 4), np.uint8), "films of 4 frames"),
-    "two windows": (lambda: np.zeros((10, 4, 4), np.uint8), "not a window of 3 + 2 each"),
+    "two windows": (lambda: np.zeros((10, 4, 4), np.uint8), "not one window of 3 + 2 each"),
     "Fortran": (lambda: np.asfortranarray(np.zeros((30, 4, 4), np.uint8)), "Fortran order"),
 }
 
@@ -174,7 +174,6 @@ def test_what_is_refused(tmp_path, fault, suffix):
         np.save(path, make())
     else:
         np.savez(path, train=make(), test=make())
-        text = "not a window" if fault == "two windows" else text
     if (fault, suffix) == ("two windows", ".npz"):
         np.savez(path, train=make()[:9], test=make())
     with pytest.raises(data.DataError) as error:
@@ -217,20 +216,19 @@ def test_truncated_files_are_refused_and_leave_nothing(tmp_path):
 def test_other_faults(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.txt").write_text("words")
-    np.savez(tmp_path / "names.npz", x=numbered(30), y=numbered(30))
     np.savez(tmp_path / "unlike.npz", train=numbered(30), test=numbered(30, height=5))
     with zipfile.ZipFile(tmp_path / "nothing.npz", "w"):
         pass
     save(tmp_path / "flat.npy", np.full((30, 4, 4), 0.5))
-    for name, options, text in (("empty", {}, "an empty folder"), ("words.txt", {}, "neither a .npy nor a .npz"),
-                                ("names.npz", {}, "no array called train"), ("unlike.npz", {}, "must be alike"),
-                                ("nothing.npz", {}, "but nothing"), ("flat.npy", {"normalize": True}, "0.5 everywhere"),
+    for name, options, text in (("empty", {}, "an empty folder"), ("words.txt", {}, "is no array (.npy, .npz), film ("),
+                                ("unlike.npz", {}, "must be alike"), ("nothing.npz", {}, "holds no array"),
+                                ("flat.npy", {"normalize": "range"}, "0.5 everywhere"),
                                 ("absent.npy", {}, "no dataset and no file is called")):
         with pytest.raises(data.DataError) as error:
             opened(tmp_path / name, tmp_path, **options)
         assert text in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(data.DataError, match="--normalize"):
-        data.open_data("moving_digits", normalize=True)
+        data.open_data("moving_digits", normalize="range")
     (tmp_path / "data2").write_text("")
     with pytest.raises(data.DataError, match="cannot make the folder"):
         data.open_data(save(tmp_path / "fine.npy", numbered(100)), tmp_path / "data2", frames_in=3, horizon=2)
@@ -241,13 +239,13 @@ def test_other_faults(tmp_path):
 def test_a_file_is_checked_once_until_it_changes(tmp_path, monkeypatch):
     path = save(tmp_path / "film.npy", numbered(100) / 100)
     looks = []
-    look = data._range
-    monkeypatch.setattr(data, "_range", lambda *arguments: looks.append(1) or look(*arguments))
-    for expected in (2, 2, 2):                                                          # training side and test part
-        opened(path, tmp_path)
-        assert len(looks) == expected
+    look = data.frame_ranges
+    monkeypatch.setattr(data, "frame_ranges", lambda *arguments: looks.append(1) or look(*arguments))
+    for horizon in (2, 3, 2):
+        opened(path, tmp_path, horizon=horizon)
+        assert len(looks) == 1
     array = numbered(100) / 100
-    array[50] = np.nan
+    array[50] = np.inf
     save(path, array)
     with pytest.raises(data.DataError, match="frame 50"):
         opened(path, tmp_path)
@@ -256,12 +254,16 @@ def test_a_file_is_checked_once_until_it_changes(tmp_path, monkeypatch):
 
 def test_pieces_make_no_difference(tmp_path, monkeypatch):
     array = np.random.default_rng(0).random((57, 1, 4, 6))
-    whole = data._range(array, "x")
+    array[20, 0, 1, 1] = array[30] = np.nan
+    whole = data.frame_ranges(array, "x")
     monkeypatch.setattr(data, "PIECE", 1000)
-    assert data._range(array, "x") == whole == (array.min(), array.max())
+    assert np.array_equal(data.frame_ranges(array, "x"), whole, equal_nan=True)
+    assert np.array_equal(whole[:, 0, 0], [np.nan if k == 30 else np.nanmin(array[k]) for k in range(57)], True)
+    assert np.array_equal(whole[:, 0, 1], [np.nan if k == 30 else np.nanmax(array[k]) for k in range(57)], True)
+    assert whole[:, 0, 2].nonzero()[0].tolist() == [20, 30] and whole[[20, 30], 0, 2].tolist() == [1, 24]
     array[31, 0, 2, 3] = np.inf
     with pytest.raises(data.DataError, match="frame 41"):
-        data._range(array, "x", 10)
+        data.frame_ranges(array, "x", 10)
 
 
 def bytes_of(array):
@@ -318,14 +320,18 @@ def test_an_array_larger_than_memory_trains(tmp_path, suffix):
 
 # ---------------------------------------------------------------------------------------------------------------- films
 
-INFO = {"frames_in": 3, "channels": 1, "size": [4, 6], "scale": None}
+INFO = {"frames_in": 3, "test_horizon": 2, "channels": 1, "size": [4, 6], "scale": None}
+
+
+def films_of(path, tmp_path, info=INFO, **options):
+    return data.open_films(path, tmp_path / "data", info, options)
 
 
 @pytest.mark.parametrize("axes", [3, 4, 5])
 def test_films_give_their_last_frames_and_take_the_forecast_back(tmp_path, axes):
     array = np.random.default_rng(0).integers(0, 256, (2, 7, 1, 4, 6), dtype=np.uint8)
     array = array if axes == 5 else array[0] if axes == 4 else array[0, :, 0]
-    films = data.open_films(save(tmp_path / "x.npy", array), INFO)
+    films = films_of(save(tmp_path / "x.npy", array), tmp_path)
     frames = films.frames(0, films.count)
     assert films.count == (2 if axes == 5 else 1) and frames.dtype == torch.float32
     saved = films.as_file(frames)
@@ -337,29 +343,31 @@ def test_films_give_their_last_frames_and_take_the_forecast_back(tmp_path, axes)
 def test_films_are_scaled_as_the_run_was(tmp_path):
     array = np.linspace(-50, 217, 7 * 24).reshape(7, 4, 6)
     path = save(tmp_path / "x.npy", array)
-    films = data.open_films(path, {**INFO, "scale": [-50, 217]})
+    films = films_of(path, tmp_path, {**INFO, "scale": [-50, 217]})
     assert films.frames(0, 1).max() == 1 and np.allclose(films.as_file(films.frames(0, 1)), array[-3:], atol=1e-4)
     assert films.as_file(films.frames(0, 1)).dtype == np.float64
     with pytest.raises(data.DataError, match="must lie in"):
-        data.open_films(path, INFO)
-    floats = data.open_films(save(path, array.clip(0, 1).astype(np.float32)), INFO)
+        films_of(path, tmp_path)
+    floats = films_of(save(path, array.clip(0, 1).astype(np.float32)), tmp_path)
     assert (floats.as_file(floats.frames(0, 1)) == array.clip(0, 1).astype(np.float32)[-3:]).all()
 
 
 def test_films_that_cannot_be_forecast(tmp_path):
     nan = np.zeros((5, 4, 6), np.float32)
-    nan[3] = np.nan
-    early = nan[::-1].copy()
-    for name, array, text in (("short", numbered(2), "films of 2 frames, the model reads 3"), ("nan", nan, "frame 3"),
+    nan[2:] = np.nan
+    early = np.zeros((5, 4, 6), np.float32)
+    early[1] = np.nan
+    for name, array, text in (("short", numbered(2), "films of 2 frames, fewer than the 3 that the model reads"),
+                              ("nan", nan, "no data at all"),
                               ("size", numbered(9, height=5), "the model takes 1 x 4 x 6"),
-                              ("channels", numbered(9, 2), "2 x 4 x 6"), ("int", np.zeros((9, 4, 6), int), "int64")):
+                              ("channels", numbered(9, 2), "2 x 4 x 6"), ("int", np.full((9, 4, 6), 5), "from 5 to 5")):
         with pytest.raises(data.DataError) as error:
-            data.open_films(save(tmp_path / f"{name}.npy", array), INFO)
+            films_of(save(tmp_path / f"{name}.npy", array), tmp_path)
         assert text in str(error.value) and f"{name}.npy" in str(error.value) and "\n" not in str(error.value)
-    assert data.open_films(save(tmp_path / "early.npy", early), INFO).frames(0, 1).sum() == 0    # before what is read
+    assert films_of(save(tmp_path / "early.npy", early), tmp_path).frames(0, 1).sum() == 0    # before what is read
     for name in ("absent.npy", "x.txt"):
         with pytest.raises(data.DataError, match=name):
-            data.open_films(tmp_path / name, INFO)
+            films_of(tmp_path / name, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -451,18 +451,14 @@ class Units(data.Windows):
     def to_units(self, frames):
         return frames * 20
 
-    def test_mask(self, start, stop, device="cpu"):
-        mask = torch.ones_like(self.test(start, stop), dtype=torch.bool)
-        mask[..., :4, :4] = False
-        return mask if self.unit == "mm/h" else None
-
 
 @pytest.mark.parametrize("unit, channels", [("mm/h", 1), ("vehicles", 2)])
 def test_units_get_rain_classes_or_a_scale(monkeypatch, unit, channels):
     frames = np.random.default_rng(0).random((90, channels, 32, 32)).astype(np.float32)
-    parts = {part: (frames, np.arange(start, start + 30, 6))
-             for part, start in (("train", 0), ("valid", 30), ("test", 60))}
-    clips = Units("flows", parts, 3, 3, scale=data.PLAIN, unit=unit)
+    starts = {part: np.arange(start, start + 30, 6) for part, start in (("train", 0), ("valid", 30), ("test", 60))}
+    if unit == "mm/h":
+        frames[..., :4, :4] = np.nan
+    clips = Units("flows", frames, starts, 3, 3, scale=data.PLAIN, unit=unit, masked=unit == "mm/h")
     monkeypatch.setattr(data, "open_data", lambda *_, **__: clips)
     folder = made("convlstm", "--patch", 2, "--eval-sequences", 1)
     assert run("--figures", folder, "--eval-sequences", 3) == 0
