@@ -12,10 +12,11 @@ were one step ago: motion is a local, translation-invariant rule. All later mode
     frame t ──patch──embed──▶ cell 1 ──H──▶ cell 2 ──H──▶ … ──▶ cell L ──output──unpatch──▶ prediction of frame t + 1
                               ↻ H, C        ↻ H, C              ↻ H, C           (each ↻ runs from t to t + 1)
 
-The equations are numbered as in Z. Ma et al., "MS-LSTM" (2023), Eq. 2, whose form (no peepholes) all later papers use.
-Where no paper speaks, this file decides, at the line concerned:
+Eq. 2 is that of Z. Ma et al., "MS-LSTM" (2023), in its letters: without peepholes, as all later papers have it. Eq. 3
+is that of Shi et al., which has them. Where no paper speaks, this file decides, at the line concerned:
   - `patch4` (the SA-ConvLSTM, CMS-LSTM and MoDeRNN papers): one LayerNorm over all of (C, H, W) after every gate
-    convolution and on the cell state. Its weights have that shape, so A CHECKPOINT FITS ONE FRAME SIZE ONLY.
+    convolution and on the cell state. Its weights have that shape, so A CHECKPOINT FITS ONE FRAME SIZE ONLY. The patch,
+    where LayerNorm stands, σ(f + 1) and all of the training that no paper tells are from PredRNN's and CMS-LSTM's code.
   - `fullres` (the MS-LSTM paper): no patches, no normalisation; weights fit any frame size.
 
     model = ConvLSTM(channels=1, size=64)                       # patch4; setup="fullres" for the other one
@@ -39,16 +40,17 @@ NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=5),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
-# How the papers train it. `sampling` is the part of the iterations over which ε falls from 1 to 0; `epochs` stands where
-# the paper counts them instead of iterations; `data` overrides for one dataset.
+# How the papers train it. `sampling` is the part of the iterations over which ε falls from 1 to 0 (50,000 of 80,000 in
+# PredRNN's released code, all in MS-LSTM's); `reverse`: every batch once more, backwards in time (released code);
+# `epochs` stands where the paper counts them instead of iterations; `data` overrides for one dataset.
 TRAINING = {
     "patch4": dict(optimizer="adam", lr=1e-3, batch=8, iterations=80_000, loss="l2", sampling=0.625, reverse=True,
                    data={"kth": dict(loss="l1+l2"), "taxibj": dict(patch=2), "typhoon": dict(iterations=100_000)}),
     "fullres": dict(optimizer="adam", lr=3e-4, batch=4, epochs=40, loss="l1+l2", sampling=1.0, reverse=False,
                     data={"taxibj": dict(epochs=15), "kth": dict(epochs=20), "germany": dict(epochs=20)}),
 }
-# What papers report for this model: figures as they print them, `mse` and the like averaged over the forecast, or, where
-# `over` says so, over all T - 1 predictions.
+# What papers report for this model: figures as they print them, `mse` and the like averaged over the forecast, or,
+# where `over` says so, over all T - 1 predictions (MS-LSTM's released code).
 PUBLISHED = [
     dict(variant="full", setup="patch4", data="moving_mnist", source="CMS-LSTM, Table 3",
          psnr=18.523, ssim=0.877, mse=70.4, mae=115.9),
@@ -80,22 +82,24 @@ class ConvLSTMCell(nn.Module):
 
     def __init__(self, inputs, hidden, kernel, size, norm, peephole=False):
         super().__init__()
-        self.x2h = conv(inputs, 4 * hidden, kernel, size, norm)   # W_x* and b_*, for the gates i, f, g, o in this order
-        self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_h*
+        self.x2h = conv(inputs, 4 * hidden, kernel, size, norm)   # W_*x and a bias, for i, f, g, o in this order
+        self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_*h
         self.norm_c = nn.LayerNorm([hidden, *size]) if norm else nn.Identity()
         self.forget_offset = 1.0 if norm else 0.0                 # released code only: cells start by remembering
-        # W_ci, W_cf, W_co of Shi et al.; zero at the start, so that both variants start as the same network
+        # W_ci, W_cf, W_co of Eq. 3; zero at the start, so that both variants start as the same network
         self.peephole = nn.Parameter(torch.zeros(3, hidden, *size)) if peephole else None
 
     def forward(self, x, h, c):
-        # Every gate of Eq. 2 is a sum W_x * X_t + W_h * H_{t-1} + b: one convolution of each serves all four.
+        # Eq. 2   i = σ(W_ix * X_t + W_ih * H_{t-1})          f = σ(W_fx * X_t + W_fh * H_{t-1})
+        #         g = tanh(W_gx * X_t + W_gh * H_{t-1})       o = σ(W_ox * X_t + W_oh * H_{t-1})
+        # One convolution of X_t and one of H_{t-1} serve all four; each gate has a bias, which Eq. 2 leaves out.
         gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
         i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
-        if self.peephole is not None:                             # + W_ci ∘ C_{t-1}, + W_cf ∘ C_{t-1}
+        if self.peephole is not None:                             # Eq. 3   + W_ci ∘ C_{t-1}, + W_cf ∘ C_{t-1}
             i, f = i + self.peephole[0] * c, f + self.peephole[1] * c
         # Eq. 2   C_t = f ∘ C_{t-1} + i ∘ g
         c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
-        if self.peephole is not None:                             # + W_co ∘ C_t: the output gate sees the new cell
+        if self.peephole is not None:                             # Eq. 3   + W_co ∘ C_t: o sees the new cell
             o = o + self.peephole[2] * c
         # Eq. 2   H_t = o ∘ tanh(C_t)
         return torch.sigmoid(o) * torch.tanh(c), c

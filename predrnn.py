@@ -29,13 +29,17 @@ more often, so that the model has to find motion over long spans before it may r
                ▲                                       ▲
             frame t                               frame t + 1
 
-The equations are (a)-(e), in the papers' letters; the superscript is the layer, X_t = H^{l-1}_t above the first.
-Where no paper speaks, this file decides, at the line concerned:
-  - `patch4` (frames in 4×4 patches, as PredRNN's released code has it): one LayerNorm over all of (C, H, W) after every
-    gate convolution, none on C and M, and σ(f + 1) for both forget gates. Its weights have that shape, so A CHECKPOINT
-    FITS ONE FRAME SIZE ONLY.
+The labels (a)-(e) are this file's, the letters the papers'; the superscript is the layer, X_t = H^{l-1}_t above the
+first. Where no paper speaks, this file decides, at the line concerned:
+  - `patch4` (frames in 4×4 patches, four layers of 64, 5×5: the defaults of the authors' code): one LayerNorm over all
+    of (C, H, W) after every gate convolution, none on C and M, and σ(f + 1) for both forget gates. Its weights have
+    that shape, so A CHECKPOINT FITS ONE FRAME SIZE ONLY. The authors' scripts for Moving MNIST and KTH have 128 hidden
+    channels, no LayerNorm and an lr of 3e-4 (V2 1e-4) instead, but σ(f + 1) too.
+  - the 1×1 embedding and the output's bias, as in the other models. The authors' code has neither, and so 8,015,872
+    parameters (V2 8,019,968) where this file has 8,554,576 (8,558,672).
   - `fullres` (the MS-LSTM paper): no patches, no normalisation; weights fit any frame size.
-  - W_co * C + W_mo * M is one convolution over [C, M]: the same sum. This is how the released code has it too.
+  - W_co * C + W_mo * M is one convolution over [C, M]: the same sum, and how the authors' code has it. MS-LSTM's code
+    has two, and so one more bias a hidden channel.
   - the weight β of the decoupling loss is the released code's, for a loss that sums over the pixels of a frame.
 
     model = PredRNN(channels=1, size=64, variant="v2")          # patch4; setup="fullres" for the other one
@@ -63,21 +67,24 @@ NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=5),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
-# How the papers train it. `sampling` is the part of the iterations over which ε falls from 1 to 0; `reverse_sampling`
-# PredRNN-V2's k₁, k₂ and α as parts of the iterations (25,000, 50,000 and 2,500 of 80,000; k₁ = ⅓, k₂ = ⅔, α = k₁/5);
-# `epochs` stands where the paper counts them instead of iterations; `data` overrides for one dataset, and its `model`
-# holds further arguments of the class: on KTH β is 0.01·C·H·W.
+# How the papers train it. `sampling` is the part of the iterations over which ε falls from 1 to 0 (50,000 of 80,000 in
+# the authors' code, all in MS-LSTM's); `reverse_sampling` PredRNN-V2's k₁, k₂ and α as parts of the iterations (25,000,
+# 50,000, 2,500 of 80,000 in the authors' Moving MNIST script; ⅓, ⅔ and k₁/5 in MS-LSTM's code); `reverse`: every batch
+# once more, backwards in time (released code); `epochs` stands where the paper counts them instead of iterations;
+# `data` overrides for one dataset, and its `model` holds further arguments of the class: the authors' KTH script has
+# β = 0.01·C·H·W, and k₁, k₂, α of 5,000, 50,000, 2,000.
 TRAINING = {
     "patch4": dict(optimizer="adam", lr=1e-3, batch=8, iterations=80_000, loss="l2", sampling=0.625, reverse=True,
                    reverse_sampling=(25 / 80, 50 / 80, 2.5 / 80),
-                   data={"kth": dict(loss="l1+l2", model=dict(decouple_weight=0.01 * 1 * 128 * 128)),
+                   data={"kth": dict(loss="l1+l2", model=dict(decouple_weight=0.01 * 1 * 128 * 128,
+                                                              reverse_sampling=[5 / 80, 50 / 80, 2 / 80])),
                          "taxibj": dict(patch=2), "typhoon": dict(iterations=100_000)}),
     "fullres": dict(optimizer="adam", lr=3e-4, batch=4, epochs=40, loss="l1+l2", sampling=1.0, reverse=False,
                     reverse_sampling=(1 / 3, 2 / 3, 1 / 15),
                     data={"taxibj": dict(epochs=15), "kth": dict(epochs=20), "germany": dict(epochs=20)}),
 }
 # What papers report for this model: figures as they print them, `mse` and the like averaged over the forecast, or,
-# where `over` says so, over all T - 1 predictions.
+# where `over` says so, over all T - 1 predictions (MS-LSTM's released code).
 PUBLISHED = [
     dict(variant="full", setup="patch4", data="moving_mnist", source="CMS-LSTM, Tables 1 and 3",
          psnr=19.603, ssim=0.867, mse=56.8, mae=126.1, params="13.799M",
@@ -124,8 +131,10 @@ class STLSTMCell(nn.Module):
         self.forget_offset = 1.0 if norm else 0.0                 # released code only: memories start by remembering
 
     def forward(self, x, h, c, m):
-        # Each gate is a sum W_x * X_t + W_h * H^l_{t-1} + b, or W'_x * X_t + W_m * M^{l-1}_t + b': chunks of three
-        # convolutions, in c's type, so that C and M stay fp32 under autocast.
+        # i = σ(W_xi * X_t + W_hi * H^l_{t-1} + b_i)          i' = σ(W'_xi * X_t + W_mi * M^{l-1}_t + b'_i)
+        # f = σ(W_xf * X_t + W_hf * H^l_{t-1} + b_f)          f' = σ(W'_xf * X_t + W_mf * M^{l-1}_t + b'_f)
+        # g = tanh(W_xg * X_t + W_hg * H^l_{t-1} + b_g)       g' = tanh(W'_xg * X_t + W_mg * M^{l-1}_t + b'_g)
+        # Chunks of three convolutions, in c's type, so that C and M stay fp32 under autocast.
         n = c.shape[1]                                            # hidden
         x_c, x_m, x_o = self.x2h(x).to(c.dtype).split((3 * n, 3 * n, n), 1)
         h_c, h_o = self.h2h(h).to(c.dtype).split((3 * n, n), 1)
@@ -161,13 +170,14 @@ class PredRNN(nn.Module):
         hidden, layers, kernel (odd), patch: override the set-up.
         decouple_weight: β, the weight of the decoupling loss beside a loss that sums over the pixels of a frame; None:
             the set-up's. It matters to the variants that have that loss, "v2" and "decouple".
+        reverse_sampling: k₁, k₂ and α of "v2" and "reverse_sampling", as parts of the iterations; None: the set-up's.
     Attributes: `recompute`: set it to True to keep, of six steps in seven, only the states for the backward pass, and
     compute the rest again there: less memory, more time, same gradients.
     Raises ValueError, in one line that names the way out, for what cannot be built and frames it cannot read.
     """
 
     def __init__(self, channels=1, size=64, setup=DEFAULT_SETUP, variant="full",
-                 hidden=None, layers=None, kernel=None, patch=None, decouple_weight=None):
+                 hidden=None, layers=None, kernel=None, patch=None, decouple_weight=None, reverse_sampling=None):
         super().__init__()
         for name, value, known in ("setup", setup, NETWORK), ("variant", variant, VARIANTS):
             if value not in known:
@@ -192,6 +202,7 @@ class PredRNN(nn.Module):
         if decouple_weight is None:                               # released code only
             decouple_weight = 0.1 * channels * height * width if norm else 0.01 * layers * hidden
         self.decouple_weight = decouple_weight
+        self.reverse_sampling = reverse_sampling or TRAINING[setup]["reverse_sampling"]
 
     def check(self, shape, horizon=1):
         """Raise ValueError, in one line that names the way out, for frames of a shape that this model cannot read."""
@@ -240,6 +251,7 @@ class PredRNN(nn.Module):
         Returns: predictions (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1. With extras: a pair.
         """
         self.check(frames.shape, horizon)
+        # The p²C channels are in the order (C, y, x), in the authors' checkpoints in the order (y, x, C).
         truth = F.pixel_unshuffle(frames, self.patch)             # (B, T, p²C, H/p, W/p)
         B, T, _, height, width = truth.shape
         zero = truth.new_zeros(B, self.hidden, height, width)
@@ -276,11 +288,10 @@ class PredRNN(nn.Module):
         linearly from 1 to 0. "v2", "reverse_sampling": the first frame is always read; inside the other observed ones
         the probability rises from 0.5 to 1, beyond them it falls from 0.5 to 0.
         """
-        training = TRAINING[self.setup]
         if self.variant in ("full", "decouple"):
-            epsilon = max(0.0, 1 - iteration / (training["sampling"] * iterations))
+            epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
             return [1.0] * frames_in + [epsilon] * (steps - frames_in)
-        k1, k2, alpha = (part * iterations for part in training["reverse_sampling"])
+        k1, k2, alpha = (part * iterations for part in self.reverse_sampling)
         if iteration < k1:
             rising, falling = 0.5, 0.5
         elif iteration < k2:

@@ -138,8 +138,8 @@ def test_decoupling_weight():
 
 @pytest.mark.parametrize("variant", ["v2", "reverse_sampling"])
 def test_reverse_scheduled_sampling(variant):
-    def probabilities(setup, iteration, iterations):
-        p = PredRNN(setup=setup, variant=variant, patch=4, **SMALL).truth_probability(iteration, iterations, 4, 7)
+    def probabilities(setup, iteration, iterations, **other):
+        p = PredRNN(setup=setup, variant=variant, patch=4, **SMALL, **other).truth_probability(iteration, iterations, 4, 7)
         assert p[0] == 1 and len(p) == 7 and len(set(p[1:4])) == 1 and len(set(p[4:])) == 1
         return p[1], p[4]
 
@@ -152,6 +152,11 @@ def test_reverse_scheduled_sampling(variant):
     assert probabilities("patch4", 50_000, 80_000) == (1.0, 0.0)
     assert probabilities("patch4", 79_999, 80_000) == (1.0, 0.0)
     assert probabilities("patch4", 275, 800) == pytest.approx((1 - 0.5 / math.e, 0.45))       # scaled with the length
+    # patch4 on KTH: k₁, k₂, α = 5,000, 50,000, 2,000 of 80,000
+    kth = TRAINING["patch4"]["data"]["kth"]["model"]
+    assert probabilities("patch4", 4_999, 80_000, **kth) == (0.5, 0.5)
+    assert probabilities("patch4", 9_000, 80_000, **kth) == pytest.approx((1 - 0.5 * math.exp(-2), 0.5 * 41 / 45))
+    assert probabilities("patch4", 50_000, 80_000, **kth) == (1.0, 0.0)
     # fullres: k₁, k₂, α = 100,000, 200,000, 20,000 of 300,000
     assert probabilities("fullres", 99_999, 300_000) == (0.5, 0.5)
     assert probabilities("fullres", 120_000, 300_000) == pytest.approx((1 - 0.5 / math.e, 0.4))
