@@ -20,9 +20,11 @@ over the whole map, inside the four blocks of a 2×2 cut and inside the sixteen 
 
 Where the paper is silent or the released code differs, this file decides, at the line concerned:
   - "5-layer stacked CE blocks" would be ten half-steps; the released code makes five, X, H, X, H, X (`ce_steps`).
-  - SE as released lays H and C side by side, so that its 5×5 convolution and its LayerNorm see both at the seam; it
-    adds a shortcut that no figure draws and a 1×1 convolution that the text leaves out.
-  - Gates are 3×3, not the text's 5×5 (`kernel=5`): 3×3 gives the published 7.968M parameters, 5×5 would give 10.589M.
+  - SE as released lays H and C side by side, so that its 5×5 convolution sees both at the seam and its LayerNorm both
+    everywhere; it adds a shortcut that no figure draws and a 1×1 convolution that the text leaves out.
+  - Gates and CE are 3×3, as in the released script. The text has 5×5 for CE (Fig. 1) and SE, and no kernel for the
+    gates. 3×3 gives the published 7.968M parameters; 5×5 for CE alone would give 8,491,856, for the gates alone
+    10,064,720, for both (`kernel=5`) 10,589,008.
   - `patch4`: LayerNorm over all of (C, H, W) after the gate convolutions and on the cell state. Its weights have that
     shape, so A CHECKPOINT FITS ONE FRAME SIZE ONLY. `fullres`: no normalisation, any size that the scales divide.
 The blocks stand on their own, `x, h = ContextEmbedding(64)(x, h)` and `h, c = SpatiotemporalExpression(64)(h, c)`, and
@@ -72,9 +74,11 @@ NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=3),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
-# How the paper (`patch4`) and MS-LSTM's (`fullres`) train it. `sampling` is the part of the iterations over which ε
-# falls from 1 to 0; the learning rate falls from `lr` to `final_lr` along a cosine over all of them; `epochs` stands
-# where the paper counts them instead; `data` overrides for one dataset. On Moving MNIST also 400,000 iterations.
+# How the paper (`patch4`) and MS-LSTM's (`fullres`) train it; on Moving MNIST also for 400,000 iterations. `sampling`
+# is the part of the iterations over which ε falls from 1 to 0; the learning rate falls from `lr` to `final_lr` along a
+# cosine over all of them; `reverse`: every batch once more, backwards in time: these three are the released code's.
+# `epochs` stands where the paper counts them instead; `data` overrides for one dataset: KTH's loss and typhoon's
+# iterations are other papers' (SA-ConvLSTM, MoDeRNN), as this one has neither.
 TRAINING = {
     "patch4": dict(optimizer="adamw", weight_decay=0.01, lr=1e-3, final_lr=1e-6, batch=8, iterations=80_000, loss="l2",
                    sampling=0.5, reverse=True,
@@ -102,7 +106,9 @@ PUBLISHED = [
     dict(variant="sa_convlstm", **MNIST, psnr=20.500, ssim=0.913, mse=43.9, mae=94.7),
     dict(variant="sa_convlstm_no_ce", **MNIST, psnr=20.970, ssim=0.918, mse=39.8, mae=84.2),
     dict(variant="sa_convlstm_no_se", **MNIST, psnr=22.591, ssim=0.929, mse=27.3, mae=79.0),
-    dict(variant="full", setup="patch4", data="taxibj", source="CMS-LSTM, Table 2",
+    # Of inflow alone: the released evaluation scores channel 0, and MS-LSTM's rerun on inflow (the next row) agrees,
+    # where PredRNN halves from the two channels of this table (.318 … .595) to the one of that rerun (.170 … .287).
+    dict(variant="full", setup="patch4", data="taxibj", source="CMS-LSTM, Table 2", channels=1,
          mse_frames=[0.162, 0.203, 0.254, 0.294], mse=0.228),
     dict(variant="full", setup="fullres", data="taxibj", source="MS-LSTM, Tables 4-5",
          mse_frames=[0.169, 0.210, 0.249, 0.289], params="1.1M", macs="11.5G",
@@ -176,7 +182,7 @@ class SpatiotemporalExpression(nn.Module):
         self.fuse = nn.Conv2d(len(scales) * channels, channels, kernel, padding=kernel // 2)
         self.norm_a = nn.LayerNorm([channels, size[0], 2 * size[1]]) if norm else nn.Identity()
         self.mix = nn.Conv2d(2 * channels, channels, 1)
-        self.a2g = conv(channels, 3 * channels, kernel, size, norm)     # W_A* and b_*, the gates i, g, o in this order
+        self.a2g = conv(channels, 3 * channels, kernel, size, norm)     # W_A* and b_*, for i, g, o in this order
         self.h2g = conv(channels, 3 * channels, kernel, size, norm)     # W_h*
         self.norm_c = nn.LayerNorm([channels, *size]) if norm else nn.Identity()
 
@@ -192,13 +198,15 @@ class SpatiotemporalExpression(nn.Module):
         return torch.cat(expressed, 1)
 
     def forward(self, h, c):
-        # Part 1. The text's Z ∈ C×H×W×2 would keep H and C apart. The released code, whose numbers are the published
-        # ones, lays them side by side along the width: the 5×5 kernel and the LayerNorm see both at the seam.
+        # Part 1. The text's Z ∈ C×H×W×2 would keep H and C apart. The released code lays them side by side along the
+        # width: the 5×5 kernel sees both at the seam, the LayerNorm both everywhere.
         z = self.express(torch.cat([h, c], 3))                    # (B, scales·channels, H, 2W)
         a_h, a_c = self.norm_a(self.fuse(z)).chunk(2, 3)          # each (B, channels, H, W)
         # Part 2. The 1×1 convolution is absent from the text and from Fig. 3; it is in the released code.
         a = self.mix(torch.cat([a_h, a_c], 1))                    # (B, channels, H, W)
-        # Every gate of Eq. 3-4 is a sum W_A * A + W_h * H_t + b: one convolution of each serves all three.
+        # Eq. 3   i = σ(W_Ai * [A_H, A_C] + W_hi * Z_H + b_i)        g = tanh(W_Ag * [A_H, A_C] + W_hg * Z_H + b_g)
+        # Eq. 4   o = σ(W_Ao * [A_H, A_C] + W_ho * Z_H + b_o)
+        # As released: A for [A_H, A_C], and the paper's Z_H is H_t. One convolution of each serves all three.
         i, g, o = (self.a2g(a) + self.h2g(h)).to(c.dtype).chunk(3, 1)   # each (B, channels, H, W)
         i = torch.sigmoid(i)
         # Eq. 3   Ĉ_t = (1 - i_t) ∘ C_t + i_t ∘ g_t
@@ -239,7 +247,7 @@ class CMSLSTMCell(nn.Module):
     def __init__(self, hidden, kernel, size, norm, ce_steps=5, scales=(1, 2, 4)):
         super().__init__()
         self.ce = ContextEmbedding(hidden, kernel, ce_steps, norm, size) if ce_steps else None
-        self.x2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_x* and b_*, for the gates i, f, g, o in this order
+        self.x2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_x* and b_*, for i, f, g, o in this order
         self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_h*
         self.norm_c = nn.LayerNorm([hidden, *size]) if norm else nn.Identity()
         self.forget_offset = 1.0 if norm else 0.0                 # released code only: cells start by remembering
@@ -263,7 +271,9 @@ class CMSLSTMCell(nn.Module):
         return (h, c), memory, seen
 
     def lstm(self, x, h, c, memory):
-        # Every gate of Eq. 5 is a sum W_x * X̂_t + W_h * Ĥ_{t-1} + b: one convolution of each serves all four.
+        # Eq. 5   i = σ(W_xi * X̂_t + W_hi * Ĥ_{t-1} + b_i)           f = σ(W_xf * X̂_t + W_hf * Ĥ_{t-1} + b_f)
+        #         g = tanh(W_xg * X̂_t + W_hg * Ĥ_{t-1} + b_g)        o = σ(W_xo * X̂_t + W_ho * Ĥ_{t-1} + b_o)
+        # One convolution of each serves all four.
         gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
         i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
         # Eq. 5   C_t = f_t ∘ C_{t-1} + i_t ∘ g_t
@@ -362,6 +372,7 @@ class CMSLSTM(nn.Module):
         Raises ValueError for a query point outside the frame.
         """
         self.check(frames.shape, horizon)
+        # The p²C channels are in the order (C, y, x), in the released code (C, x, y).
         truth = F.pixel_unshuffle(frames, self.patch)             # (B, T, p²C, H/p, W/p)
         B, T, _, height, width = truth.shape
         points = None
@@ -421,6 +432,7 @@ class PredRNNCell(CMSLSTMCell):
 
     def lstm(self, x, h, c, memory):
         m = memory                                                # M^{l-1}_t
+        # i, f, g from W_x* * X̂_t + W_h* * Ĥ_{t-1} + b_*;  i', f', g' from W'_x* * X̂_t + W_m* * M^{l-1}_t + b'_*
         xi, xf, xg, xi_m, xf_m, xg_m, xo = self.x2h(x).to(c.dtype).chunk(7, 1)     # each (B, hidden, H, W)
         hi, hf, hg, ho = self.h2h(h).to(c.dtype).chunk(4, 1)
         mi, mf, mg = self.m2h(m).to(c.dtype).chunk(3, 1)
@@ -463,7 +475,7 @@ class SAConvLSTMCell(CMSLSTMCell):
         z_h = F.scaled_dot_product_attention(q, k_h, v_h, scale=1.0)
         z_m = F.scaled_dot_product_attention(q, k_m, v_m, scale=1.0)
         z = torch.cat([z_h, z_m], -1).squeeze(1).mT.unflatten(2, h.shape[2:])      # (B, 2·hidden, H, W)
-        # Z = W_z [Z_h; Z_m]        Eq. 8-9   i', g', o' from [Z; H_t]
+        # Z = W_z [Z_h; Z_m]        Eq. 8-9   i', g', o' from W_z* * Z + W_h* * H_t + b_*, H_t being SE's Ĥ_t
         i, g, o = self.zh2g(torch.cat([self.mix_z(z), h], 1)).to(m.dtype).chunk(3, 1)     # each (B, hidden, H, W)
         i = torch.sigmoid(i)
         # Eq. 8   M_t = (1 - i') ∘ M_{t-1} + i' ∘ g'

@@ -20,7 +20,8 @@ Doubling each product keeps the features from fading. What comes out goes into t
       H_{t-1} ───┴─▶ ∘ ───────┴─▶ ∘ ───────┴───▶ Ĥ_{t-1}─┘
 
 Where the paper is silent or wrong, this file decides, at the line concerned:
-  - Eq. 2 as printed multiplies the wrong tensors; the text of §2.2 and the released code say what is meant.
+  - Eq. 2 as printed multiplies the wrong tensors; the text of §2.2 and the released code say what is meant. Its |k| is
+    n here, its i × i is k×k.
   - "m stacked DCB": the released code makes five half-steps X, H, X, H, X that share their weights; s = 2.
   - The gates are 3×3, as in the released script; the text says 5×5 (`kernel=5`). Neither meets the published 4.590M
     parameters: the full model has 5,867,600 or 7,964,752. (5×5 gates with LN, no DCB at all and one more LN would be
@@ -58,8 +59,9 @@ NETWORK = {                                                       # `kernel` is 
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
 # How the paper (`patch4`) and MS-LSTM's (`fullres`) train it. `sampling` is the part of the iterations over which ε
-# falls from 1 to 0; the learning rate falls from `lr` to `final_lr` along a cosine over all of them; `epochs` stands
-# where the paper counts them instead; `data` overrides for one dataset.
+# falls from 1 to 0; the learning rate falls from `lr` to `final_lr` along a cosine over all of them; `reverse`: every
+# batch once more, backwards in time: these three are the released code's. `epochs` stands where the paper counts them
+# instead; `data` overrides for one dataset.
 TRAINING = {
     "patch4": dict(optimizer="adamw", weight_decay=0.01, lr=1e-3, final_lr=1e-6, batch=32, iterations=80_000,
                    loss="l1+l2", sampling=0.5, reverse=True,
@@ -115,8 +117,9 @@ class DetailContextBlock(nn.Module):
 
     def forward(self, x, h, merged=None):
         of_h, of_x = merged or self.merged() or (self.of_h, self.of_x)
-        # Eq. 2 prints X̂ = s × Attn_H × H_{t-1} and Ĥ = s × Attn_X × X̂_{t-1}. With that the input itself would never
-        # enter the cell; steps 1 and 2 of §2.2 and the released code reweight X by the map of H, H by the map of X.
+        # Eq. 2 prints X̂_t = s × Attn_H × H_{t-1} and Ĥ_{t-1} = s × Attn_X × X̂_{t-1}, with Attn_X of X̂_{t-1} too. The
+        # input itself would never enter the cell; steps 1 and 2 of §2.2 and the released code reweight X by the map of
+        # H, and H by the map of the new X.
         for step in range(self.steps):
             if step % 2 == 0:
                 # Eq. 2   Attn_H = σ(Σ_k W_h^{k×k} * H / n)       X ← s · Attn_H ∘ X
@@ -148,7 +151,7 @@ class MoDeRNNCell(nn.Module):
     def __init__(self, hidden, kernel, size, norm, dcb_kernels=(3, 5, 7)):
         super().__init__()
         self.dcb = DetailContextBlock(hidden, size, norm, dcb_kernels) if dcb_kernels else None
-        self.x2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_x* and b_*, for the gates i, f, g, o in this order
+        self.x2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_x* and b_*, for i, f, g, o in this order
         self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_h*
         self.norm_c = nn.LayerNorm([hidden, *size]) if norm else nn.Identity()
         self.forget_offset = 1.0 if norm else 0.0                 # released code only: cells start by remembering
@@ -157,7 +160,9 @@ class MoDeRNNCell(nn.Module):
         maps = None
         if self.dcb is not None:
             x, h, maps = self.dcb(x, h, merged)                   # X̂_t, Ĥ_{t-1}
-        # Every gate of Eq. 3 is a sum W_x * X̂_t + W_h * Ĥ_{t-1} + b: one convolution of each serves all four.
+        # Eq. 3   i = σ(W_xi * X̂_t + W_hi * Ĥ_{t-1} + b_i)           f = σ(W_xf * X̂_t + W_hf * Ĥ_{t-1} + b_f)
+        #         g = tanh(W_xg * X̂_t + W_hg * Ĥ_{t-1} + b_g)        o = σ(W_xo * X̂_t + W_ho * Ĥ_{t-1} + b_o)
+        # One convolution of each serves all four.
         gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
         i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
         # Eq. 3   C_t = f_t ∘ C_{t-1} + i_t ∘ g_t
@@ -224,6 +229,7 @@ class MoDeRNN(nn.Module):
     def step(self, x, state, merged):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) of every layer], [the DCB's merged kernels of
         every layer] -> tokens of the next frame, the new state, [(Attn_H, Attn_X) of every layer]."""
+        # Eq. 1   D(M(E(X_t))): E and D are 1×1 convolutions (§2.1), M is the layers.
         h, new_state, maps = self.embed(x), [], []
         for cell, (h_before, c_before), kernels in zip(self.cells, state, merged):
             h, c, attn = cell(h, h_before, c_before, kernels)
@@ -247,6 +253,7 @@ class MoDeRNN(nn.Module):
         Returns: predictions (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1. With extras: a pair.
         """
         self.check(frames.shape, horizon)
+        # The p²C channels are in the order (C, y, x), in the released code (C, x, y).
         truth = F.pixel_unshuffle(frames, self.patch)             # (B, T, p²C, H/p, W/p)
         B, T, _, height, width = truth.shape
         zero = truth.new_zeros(B, self.hidden, height, width)

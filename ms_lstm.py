@@ -16,7 +16,7 @@ work on small maps, where a 3×3 kernel covers much. In time, the cell (MK-LSTM)
     ¼                                                                      (each layer keeps H, C, C̃ from t to t + 1)
 
 What this file decides where the paper is silent, at the line concerned:
-  - The equations are numbered as in the paper; they carry no biases there. `fullres` (the paper's set-up) gives every
+  - The equations have the paper's numbers and no biases, as there. `fullres` (the paper's set-up) gives every
     convolution one, no normalisation, and its weights fit any size that the poolings divide. `patch4` (the SA-ConvLSTM,
     CMS-LSTM and MoDeRNN papers) has LayerNorm over all of (C, H, W) after every 3×3 and 5×5 convolution and on both
     cell states. Its weights have that shape, so SUCH A CHECKPOINT FITS ONE FRAME SIZE ONLY.
@@ -48,17 +48,19 @@ NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=3),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
-# How it is trained. `sampling` is the part of the iterations over which ε falls from 1 to 0; `epochs` stands where the
-# paper counts them instead of iterations; `data` overrides for one dataset. `patch4` is not this paper's: there the
-# model is trained as the other models are.
+# How it is trained: §5.1, and for `sampling`, the part of the iterations over which ε falls from 1 to 0, the released
+# code. `epochs` stands where the paper counts them instead of iterations; `data` overrides for one dataset. `patch4` is
+# not this paper's: there the model is trained as PredRNN's released code trains (ε: 50,000 of 80,000; `reverse`: every
+# batch once more, backwards in time).
 TRAINING = {
     "patch4": dict(optimizer="adam", lr=1e-3, batch=8, iterations=80_000, loss="l2", sampling=0.625, reverse=True,
                    data={"kth": dict(loss="l1+l2"), "taxibj": dict(patch=2), "typhoon": dict(iterations=100_000)}),
     "fullres": dict(optimizer="adam", lr=3e-4, batch=4, epochs=40, loss="l1+l2", sampling=1.0, reverse=False,
                     data={"taxibj": dict(epochs=15), "kth": dict(epochs=20), "germany": dict(epochs=20)}),
 }
-# What the paper reports: figures as printed, `mse` and the like averaged over the forecast, or, where `over` says
-# so, over all T - 1 predictions. `note`: what the convolutions count to where that is not the `macs` printed, and why.
+# What the paper reports: figures as printed, `mse` and the like averaged over the forecast, or, where `over` says so,
+# over all T - 1 predictions (released code). `note`: what the convolutions count to where that is not the `macs`
+# printed, and why.
 PUBLISHED = [
     dict(variant="convlstm", setup="fullres", data="moving_mnist", source="MS-LSTM, Table 1", over="all",
          mse=90.36, params="0.4M", macs="34.4G", memory="3.6G"),
@@ -97,13 +99,15 @@ class ConvLSTMCell(nn.Module):
 
     def __init__(self, inputs, hidden, kernel, size, norm):
         super().__init__()
-        self.x2h = conv(inputs, 4 * hidden, kernel, size, norm)   # W_*x and b_*, for the gates i, f, g, o in this order
+        self.x2h = conv(inputs, 4 * hidden, kernel, size, norm)   # W_*x and a bias, for i, f, g, o in this order
         self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_*h
         self.norm_c = nn.LayerNorm([hidden, *size]) if norm else nn.Identity()
         self.forget_offset = 1.0 if norm else 0.0                 # released code only: cells start by remembering
 
     def forward(self, x, h, c):
-        # Every gate of Eq. 2 is a sum W_x * X_t + W_h * H_{t-1} + b: one convolution of each serves all four.
+        # Eq. 2   i = σ(W_ix * X_t + W_ih * H_{t-1})          f = σ(W_fx * X_t + W_fh * H_{t-1})
+        #         g = tanh(W_gx * X_t + W_gh * H_{t-1})       o = σ(W_ox * X_t + W_oh * H_{t-1})
+        # One convolution of X_t and one of H_{t-1} serve all four.
         gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
         i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
         # Eq. 2   C_t = f ∘ C_{t-1} + i ∘ g
@@ -116,7 +120,7 @@ class MKLSTMCell(nn.Module):
     """One MK-LSTM layer, Eq. 3: two ConvLSTMs with different kernels and own cell states, and one output gate.
 
     Args: as ConvLSTMCell's; the kernels are `kernel` and `kernel` + 2. In the names below `_wide` marks what belongs to
-    the larger one: the paper's W', C̃ and 5×5.
+    the larger one, the paper's W', C̃ and index 5×5; the index 3×3 is left out.
     Called with x (B, inputs, H, W), h, c and c_wide (B, hidden, H, W); returns the new h, c and c_wide.
     """
 
@@ -137,13 +141,16 @@ class MKLSTMCell(nn.Module):
         self.forget_offset = 1.0 if norm else 0.0
 
     def forward(self, x, h, c, c_wide):
+        # Eq. 3   i_3×3 = σ(W_ix * X_t + W_ih * H_{t-1})         i_5×5 = σ(W'_ix * X_t + W'_ih * H_{t-1})
+        #         f_3×3 = σ(W_fx * X_t + W_fh * H_{t-1})         f_5×5 = σ(W'_fx * X_t + W'_fh * H_{t-1})
+        #         g_3×3 = tanh(W_gx * X_t + W_gh * H_{t-1})      g_5×5 = tanh(W'_gx * X_t + W'_gh * H_{t-1})
         # The 3×3 and 5×5 parts of o are linear and could be one 5×5 kernel. They stay two, as printed and as counted in
         # the paper.
         i, f, g, o = (self.x2h(x) + self.h2h(h)).to(c.dtype).chunk(4, 1)          # each (B, hidden, H, W)
         i_wide, f_wide, g_wide, o_wide = (self.x2h_wide(x) + self.h2h_wide(h)).to(c.dtype).chunk(4, 1)
-        # Eq. 3   C_t = f₃ ∘ C_{t-1} + i₃ ∘ g₃
+        # Eq. 3   C_t = f_3×3 ∘ C_{t-1} + i_3×3 ∘ g_3×3
         c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
-        # Eq. 3   C̃_t = f₅ ∘ C̃_{t-1} + i₅ ∘ g₅
+        # Eq. 3   C̃_t = f_5×5 ∘ C̃_{t-1} + i_5×5 ∘ g_5×5
         c_wide = self.norm_c_wide(
             torch.sigmoid(f_wide + self.forget_offset) * c_wide + torch.sigmoid(i_wide) * torch.tanh(g_wide))
         # Eq. 3   o_t = σ(W_ox * X_t + W_oh * H_{t-1} + W_oc * C_t + W'_ox * X_t + W'_oh * H_{t-1} + W'_oc * C̃_t)
@@ -226,9 +233,9 @@ class MSLSTM(nn.Module):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, the states of every layer -> those of the next frame."""
         h, new_state, half = self.embed(x).contiguous(memory_format=self.layout), [], len(self.cells) // 2
         for layer, (cell, before) in enumerate(zip(self.cells, state)):
-            if self.pyramid and 0 < layer < half:                 # encoder: halve
+            if self.pyramid and 0 < layer < half:                 # §4.1, Fig. 2: max pooling in the encoder
                 h = F.max_pool2d(h, 2)                            # (B, hidden, h/2, w/2)
-            if self.pyramid and layer > half:                     # decoder: double, + the output of the same size
+            if self.pyramid and layer > half:                     # bilinear in the decoder, and the skip connection, +
                 h = F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
                 h = h + new_state[len(self.cells) - 1 - layer][0]
             new_state.append(cell(h, *before))

@@ -23,12 +23,13 @@ whole past, which the cell C, fed by convolutions alone, has not.
 
 The equations carry the paper's numbers. Where the paper is silent or at odds with itself, this file decides, at the
 line concerned:
-  - queries and keys have C channels, all 1×1 convolutions a bias; the gates' "depth-wise separable convolution" is
-    a depth-wise 3×3 over [Z; H_t], then one 1×1 to all three gates, without LayerNorm.
+  - queries and keys have C channels (the paper's Ĉ has no value), all 1×1 convolutions a bias; the gates' "depth-wise
+    separable convolution" is a depth-wise 3×3 over [Z; H_t], then one 1×1 to all three gates, without LayerNorm.
   - the base model: Eq. 1 puts self-attention before the gates; §4.3 says "constructed as in Figure 2", that is, after
     them. Eq. 1 is followed.
   - `patch4` (frames in 4×4 patches): one LayerNorm over all of (C, H, W) after every gate convolution of the ConvLSTM
-    and on its cell state, and σ(f + 1). Its weights have that shape, so A CHECKPOINT FITS ONE FRAME SIZE ONLY.
+    and on its cell state, and σ(f + 1). Its weights have that shape, so A CHECKPOINT FITS ONE FRAME SIZE ONLY. The
+    paper gives neither patch nor gate kernel: they, and what it leaves out of its training, are of PredRNN's code.
   - `fullres` (the MS-LSTM paper, which does not test this model): no patches, no normalisation. Every pixel then
     attends to every pixel: 16 times the positions, 256 times the products of `patch4`. And without LayerNorm a
     fresh layer of the full model, gate upon gate at ½, passes on about a hundredth of what it is given: six of them
@@ -59,8 +60,9 @@ NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=5),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
-# How the papers train it. `sampling` is the part of the iterations over which ε falls from 1 to 0; `epochs` stands
-# where the paper counts them instead of iterations; `data` overrides for one dataset.
+# How the papers train it. `sampling` is the part of the iterations over which ε falls from 1 to 0 (50,000 of 80,000 in
+# PredRNN's released code, all in MS-LSTM's); `reverse`: every batch once more, backwards in time (PredRNN's code);
+# `epochs` stands where the paper counts them instead of iterations; `data` overrides for one dataset.
 TRAINING = {
     "patch4": dict(optimizer="adam", lr=1e-3, batch=8, iterations=80_000, loss="l2", sampling=0.625, reverse=True,
                    data={"kth": dict(loss="l1+l2"), "taxibj": dict(patch=2), "typhoon": dict(iterations=100_000)}),
@@ -114,6 +116,8 @@ def attend(q, k, v, points=None):
     # Fused kernels want (B, heads, N, C) with C dense in memory: given them so, no N×N matrix is ever stored.
     shape, (q, k, v) = v.shape, (u.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for u in (q, k, v))
     # Eq. 2   e = Qᵀ K      Eq. 3   α_ij = exp e_ij / Σ_k exp e_ik      Eq. 4   Z_i = Σ_j α_ij V_j
+    # The text has Eq. 3 normalise "along columns" and Eq. 6 "along each row, same as the Eq. 3": both formulas sum over
+    # the keys k of one query i.
     z = F.scaled_dot_product_attention(q, k, v, scale=1.0)        # (B, 1, N, C)
     z = z.squeeze(1).transpose(1, 2).reshape(shape)               # (B, C, H, W)
     if points is None:
@@ -163,10 +167,12 @@ class SelfAttentionMemory(nn.Module):
             z, map_h = attend(q, k, v, points)                    # Eq. 2-4   Z_h
             maps.append(map_h)
             if self.kv_m is not None:
-                z_m, map_m = attend(q, *self.kv_m(m).chunk(2, 1), points)             # Eq. 5-7   Z_m: the query is H's
+                # Eq. 5   e_m = Q_hᵀ K_m        Eq. 6   α_m;ij = exp e_m;ij / Σ_k exp e_m;ik
+                # Eq. 7   Z_m;i = Σ_j α_m;ij V_m;j        K_m = W_mk M_{t-1}, V_m = W_mv M_{t-1}; the query is H's
+                z_m, map_m = attend(q, *self.kv_m(m).chunk(2, 1), points)             # Z_m
                 z = torch.cat([z, z_m], 1)                        # [Z_h; Z_m]  (B, 2C, H, W)
                 maps.append(map_m)
-            seen = torch.cat([self.fuse(z).to(h.dtype), h], 1)    # Z = W_z [Z_h; Z_m], beside H_t  (B, 2C, H, W)
+            seen = torch.cat([self.fuse(z).to(h.dtype), h], 1)    # §3.2   Z = W_z [Z_h; Z_m]; (B, 2C, H, W)
         # Eq. 8   i' = σ(W_m;zi * Z + W_m;hi * H_t + b_m;i)     g' = tanh(W_m;zg * Z + W_m;hg * H_t + b_m;g)
         # Eq. 9   o' = σ(W_m;zo * Z + W_m;ho * H_t + b_m;o)
         i, g, o = self.gates(seen).to(m.dtype).chunk(3, 1)        # each (B, C, H, W); m stays fp32 under autocast
@@ -190,7 +196,7 @@ class SAConvLSTMCell(nn.Module):
         super().__init__()
         self.attend_x = SelfAttention(inputs) if variant == "base" else None
         self.attend_h = SelfAttention(hidden) if variant == "base" else None
-        self.x2h = conv(inputs, 4 * hidden, kernel, size, norm)   # W_x* and b_*, for the gates i, f, g, o in this order
+        self.x2h = conv(inputs, 4 * hidden, kernel, size, norm)   # W_x* and b_*, for i, f, g (W_xc there), o
         self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_h*
         self.norm_c = nn.LayerNorm([hidden, *size]) if norm else nn.Identity()
         self.forget_offset = 1.0 if norm else 0.0                 # released code only: cells start by remembering
@@ -202,7 +208,9 @@ class SAConvLSTMCell(nn.Module):
         if self.attend_x is not None:                             # Eq. 1   X̂_t = SA(X_t), Ĥ_{t-1} = SA(H_{t-1})
             (x, map_x), (h, map_h) = self.attend_x(x, points), self.attend_h(h, points)
             maps = None if points is None else torch.stack([map_x, map_h], 2)
-        # Eq. 1   every gate is a sum W_x * X_t + W_h * H_{t-1} + b: one convolution of each serves all four
+        # Eq. 1   i = σ(W_xi * X̂_t + W_hi * Ĥ_{t-1} + b_i)           f = σ(W_xf * X̂_t + W_hf * Ĥ_{t-1} + b_f)
+        #         g = tanh(W_xc * X̂_t + W_hc * Ĥ_{t-1} + b_c)        o = σ(W_xo * X̂_t + W_ho * Ĥ_{t-1} + b_o)
+        # One convolution of each serves all four. The hats are the base model's: elsewhere X_t and H_{t-1}.
         i, f, g, o = (self.x2h(x) + self.h2h(h)).to(c.dtype).chunk(4, 1)              # each (B, hidden, H, W)
         # Eq. 1   C_t = f ∘ C_{t-1} + i ∘ g      H_t = o ∘ tanh(C_t)
         c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
