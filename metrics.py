@@ -22,6 +22,7 @@ import textwrap
 import unicodedata
 import zlib
 from html import escape
+from itertools import cycle, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -35,46 +36,45 @@ NAMES = {  # metric -> its name in a table, its name and unit on an axis
     "ssim": ("SSIM", "SSIM (1 = identical)"),
     "psnr_float": ("PSNR*", "PSNR on floats (dB)"),
     "ssim_gaussian": ("SSIM*", "SSIM, Gaussian window (1 = identical)"),
+    "rmse": ("RMSE, {}", "RMSE ({})"),
+    "mae_units": ("MAE, {}", "MAE ({})"),
+    "csi": ("CSI {}", "CSI at {} {}"),
+    "hss": ("HSS {}", "HSS at {} {}"),
 }
 
 
 def name_of(metric, unit=None):
     """The name of a metric in a table, and its name with its unit on an axis. unit: the data's, None for none."""
-    kind, _, rest = metric.partition("_")
-    if kind in ("csi", "hss"):
-        return f"{kind.upper()} {rest}", f"{kind.upper()} at {rest} {unit or ''}".strip()
-    if metric in ("rmse", "mae_units"):
-        return f"{kind.upper()}, {unit or 'own unit'}", f"{kind.upper()} ({unit or 'own unit'})"
-    return NAMES[metric]
+    if metric in NAMES:
+        return tuple(name.format(unit or "own unit") for name in NAMES[metric])
+    kind, threshold = metric.split("_")
+    return tuple(name.format(threshold, unit or "").strip() for name in NAMES[kind])
 
 
 # ---- Scores of frames ------------------------------------------------------------------------------------------------
 
-def _check(pred, truth, mask, floating):
-    """ValueError for what is wrong whatever the values are; these are never looked at."""
-    for what, x in (("predictions", pred), ("truth", truth)):
-        if not torch.is_tensor(x) or x.ndim != 5 or 0 in x.shape:
-            raise ValueError(f"{what}: a tensor (B, T, C, H, W) with no side of 0 is needed, not "
-                             f"{tuple(x.shape) if hasattr(x, 'shape') else type(x).__name__}")
-        if x.dtype in (torch.bool, torch.complex64, torch.complex128) or floating and not x.is_floating_point():
-            raise ValueError(f"{what} of dtype {x.dtype}: " + (
-                "floats in [0, 1] are needed; 8-bit levels are divided by 255" if floating else "numbers are needed"))
-    if pred.shape != truth.shape:
-        raise ValueError(f"predictions {tuple(pred.shape)} and truth {tuple(truth.shape)} differ in shape")
-    if mask is not None and not (torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == truth.shape):
-        raise ValueError(f"mask: a bool tensor of the shape of the truth, {tuple(truth.shape)}, is needed")
-    if len({x.device for x in (pred, truth, mask) if x is not None}) > 1:
-        raise ValueError("predictions, truth and mask lie on different devices")
+def _check(pred, truth, mask, floating=False):
+    """ValueError for shapes, dtypes and devices outside the contract; values are never looked at."""
+    numbers = "floats in [0, 1] (8-bit levels are divided by 255)" if floating else "numbers"
+    for what, x in (("truth", truth), ("predictions", pred), ("mask", mask)):
+        if what == "mask" and x is None:
+            continue
+        found = f"{x.dtype} {tuple(x.shape)} on {x.device}" if torch.is_tensor(x) else type(x).__name__
+        if not torch.is_tensor(x) or x.ndim != 5 or 0 in x.shape or (x.shape, x.device) != (truth.shape, truth.device) \
+                or (x.dtype == torch.bool) != (what == "mask") or x.is_complex() \
+                or floating and what != "mask" and not x.is_floating_point():
+            raise ValueError(f"{what}: a tensor (B, T, C, H, W) of {'bools' if what == 'mask' else numbers}, of the "
+                             f"shape and on the device of the truth, is needed, not {found}")
 
 
 @torch.no_grad()
 def frame_scores(pred, truth, mask=None):
     """Score every predicted frame.
 
-    pred, truth: (B, T, C, H, W), any floating dtype, one device. truth: in [0, 1], to rounding. pred: may overshoot,
-    as a network's output does; it is clipped to [0, 1].
-    mask: None or bool of the same shape, True where a pixel counts. What does not count is set to 0 in both, so it adds
-    no error; SSIM leaves out the positions whose window has no data.
+    pred, truth: (B, T, C, H, W), any floating dtype, one device. truth: in [0, 1], to rounding. pred may overshoot, as
+    a network does: it is clipped to [0, 1].
+    mask: None or bool of the same shape, True where a pixel counts. What does not count is 0 in both, so it adds no
+    error; SSIM leaves out the positions whose window has no data.
 
     Returns a dict of float64 (B, T) on the device of truth:
       mse, mae       error² and |error|, summed over the pixels and channels of the frame
@@ -104,9 +104,8 @@ def _chunk_scores(pred, truth, mask):
     """frame_scores of (n, C, H, W): a dict of (n,)."""
     if mask is not None:
         pred, truth = torch.where(mask, pred, 0), torch.where(mask, truth, 0)
-    valid = ((truth >= -1e-6) & (truth <= 1 + 1e-6)).flatten(1).all(1)      # False for NaN, too
-    count = torch.full_like(valid, truth[0].numel(), dtype=torch.float64) if mask is None else \
-        mask.flatten(1).sum(1).double()
+    valid = ((truth >= -1e-6) & (truth <= 1 + 1e-6)).flatten(1).all(1)  # False for NaN, too
+    count = (torch.ones_like(valid) * truth[0].numel() if mask is None else mask.flatten(1).sum(1)).double()
     pred8, truth8 = _to_8bit(pred), _to_8bit(truth)
     pred, truth = pred.double().clamp(0, 1), truth.double()
     error, error8 = pred - truth, pred8 - truth8
@@ -218,7 +217,7 @@ def event_counts(pred, truth, thresholds, mask=None):
     event and no absence of one. Add up the counts of all batches and processes, then csi_hss.
     Raises ValueError as frame_scores does.
     """
-    _check(pred, truth, mask, floating=False)
+    _check(pred, truth, mask)
     nan = pred.isnan() | truth.isnan()
     known = ~nan if mask is None else mask & ~nan
     counts = truth.new_zeros((len(thresholds), truth.shape[1], 5), dtype=torch.int64)
@@ -263,7 +262,7 @@ def unit_errors(pred, truth, mask=None):
     pred, truth: (B, T, C, H, W), any numbers, in one unit; mask: None or bool, True where a pixel counts. Add up those
     of all batches and processes, then unit_summary. Raises ValueError as frame_scores does.
     """
-    _check(pred, truth, mask, floating=False)
+    _check(pred, truth, mask)
     sums = truth.new_zeros((*truth.shape[1:3], 3), dtype=torch.float64)
     for t, row in enumerate(sums):
         error = pred[:, t].double() - truth[:, t].double()  # (B, C, H, W)
@@ -280,26 +279,19 @@ def unit_summary(sums):
     Pooled over pixels: "frames" over all sequences and channels, "mean" over the lead times, too. With several channels
     "rmse_1", "mae_units_1", … are those of each. None where nothing counts, and for NaN or infinity among what counts.
     """
-    def entries(suffix, sums):  # (T, 3)
-        rows = [*sums.tolist(), sums.sum(0).tolist()]
-        values = [[power(row[k] / row[2]) if row[2] and math.isfinite(row[k]) else None for row in rows]
-                  for k, power in ((0, math.sqrt), (1, float))]
-        return {name + suffix: {"mean": mean, "frames": frames}
-                for name, (*frames, mean) in zip(("rmse", "mae_units"), values)}
-
     if sums.ndim != 3 or sums.shape[2] != 3:
         raise ValueError(f"sums {tuple(sums.shape)} are not (T, C, 3)")
-    sums, summary = sums.double().cpu(), entries("", sums.double().cpu().sum(1))
-    for c in range(sums.shape[1] if sums.shape[1] > 1 else 0):
-        summary |= entries(f"_{c + 1}", sums[:, c])
+    summary, sums = {}, sums.double().cpu()
+    channels = {"": sums.sum(1)} | ({f"_{c + 1}": x for c, x in enumerate(sums.unbind(1))} if sums.shape[1] > 1 else {})
+    for suffix, rows in channels.items():
+        rows = torch.cat([rows, rows.sum(0, keepdim=True)]).tolist()
+        for name, k, root in (("rmse", 0, math.sqrt), ("mae_units", 1, float)):
+            *frames, mean = (root(row[k] / row[2]) if row[2] and math.isfinite(row[k]) else None for row in rows)
+            summary[name + suffix] = {"mean": mean, "frames": frames}
     return summary
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------
-
-READING = ("Lower is better for MSE, MAE and RMSE, higher for PSNR, SSIM, CSI and HSS; the repeated last frame is what a "
-           "forecast must beat.")
-
 
 def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim"), unit=None, precision=None):
     """The text table at the end of a run, at most 100 columns wide.
@@ -307,23 +299,29 @@ def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim"), unit=No
     results: summaries (of summarize, with unit_summary and csi_hss merged in where the data have a unit) under
     "forecast" and, where there are any, "all_predictions", "repeat_last" and "black". Forecast and repeated last frame
     stand side by side, frame by frame, with their means; below them the means of the others, and of `published`: dicts
-    with "source" and some metrics. metrics: what the first block shows, four at most; errors in the data's unit, CSI and
-    HSS follow in blocks of their own where there are any. precision: of the run, said beside published figures.
+    with "source" and some metrics. metrics: what the first block shows, four at most; errors in the data's unit, CSI
+    and HSS follow in blocks of their own where there are any. precision: of the run, said beside published figures.
     """
     forecast = results["forecast"]
-    blocks = [[m for m in metrics if m in forecast], [m for m in ("rmse", "mae_units") if m in forecast]]
+    blocks = [[m for m in names if m in forecast] for names in (metrics, ("rmse", "mae_units"))]
     blocks += [[m for m in forecast if m.startswith(score)] for score in ("csi_", "hss_")]
-    notes = []
-    for key, text in (("left_out", "frames without data are left out"), ("exact", "PSNR leaves out exact frames")):
-        counts = {name: summary[m].get(key) for name, summary in results.items() for m in ("mse", "psnr") if m in summary}
-        if any(counts.values()):
-            notes.append(f"{text}: " + ", ".join(f"{n} ({name.replace('_', ' ')})" for name, n in counts.items() if n))
+    blocks = [block for block in blocks if block]
+    text = "\n\n".join(_block(results, published, block, unit) for block in blocks)
+    notes = ("mse", "left_out", "frames without data are left out"), ("psnr", "exact", "PSNR leaves out exact frames")
+    for m, key, what in notes:
+        counts = {name.replace("_", " "): summary[m].get(key) for name, summary in results.items() if m in summary}
+        if any(counts.values()) and (key != "exact" or m in metrics):
+            text += f"\n{what}: " + ", ".join(f"{n} ({name})" for name, n in counts.items() if n)
     if {"psnr_float", "ssim_gaussian"} & set(metrics):
-        notes.append("* on floats, SSIM with a Gaussian window: as MS-LSTM scores")
+        text += "\n* on floats, SSIM with a Gaussian window: as MS-LSTM scores"
     if published and precision:
-        notes.append(f"the papers' figures are of fp32 runs, this run computed in {precision}")
-    return "\n".join(["\n\n".join(_block(results, published, block, unit) for block in blocks if block), *notes,
-                      *textwrap.wrap(READING, 100)])
+        text += f"\nthe papers' figures are of fp32 runs; this run computed in {precision}"
+    names = dict.fromkeys(name_of(m)[0].split()[0].strip("*,") for block in blocks for m in block)
+    errors = ("MSE", "MAE", "RMSE")
+    better = {"lower": [n for n in names if n in errors], "higher": [n for n in names if n not in errors]}
+    better = " and ".join(f"{way} {', '.join(those)}" for way, those in better.items() if those)
+    return text + "\n" + textwrap.fill(
+        f"How to read it: {better} are better; the repeated last frame is what a forecast must beat.", 100)
 
 
 def _block(results, published, metrics, unit):
@@ -378,105 +376,78 @@ PLOT = (64, 34, 384, 214)  # left, top, right, bottom of its axes
 
 def score_curves(summaries, title="", unit=None, metrics=("mse", "mae", "psnr", "ssim")):
     """Frame-wise scores of several forecasts, {label: summary}, as SVG: `metrics`, and what the data's unit adds."""
-    found = dict.fromkeys(m for summary in summaries.values() for m in summary)
-    names = [m for m in metrics if m in found] + [m for m in found if m in ("rmse", "mae_units") or m[:4] in ("csi_", "hss_")]
-    return curve_panels_svg([
-        dict(curves={label: summary[metric]["frames"] for label, summary in summaries.items() if metric in summary},
-             title=name_of(metric, unit)[0], xlabel="forecast frame", ylabel=name_of(metric, unit)[1])
-        for metric in names], title)
+    first = next(iter(summaries.values()))
+    shown = [m for m in first if m in (*metrics, "rmse", "mae_units") or m.startswith(("csi_", "hss_"))]
+    return curve_panels_svg([(*name_of(m, unit), "forecast frame", {
+        label: [*enumerate(summary[m]["frames"], 1)] for label, summary in summaries.items() if m in summary})
+        for m in shown], title)
 
 
 def training_curves(curves, title=""):
     """Values over the iterations as SVG: {name of a panel: (name of the values, [(iteration, value), …])}."""
-    return curve_panels_svg([
-        dict(curves={name: ([k for k, _ in points], [y for _, y in points])}, title=name, xlabel="iteration", ylabel=ylabel,
-             log=all(y > 0 for _, y in points)) for name, (ylabel, points) in curves.items()], title)
+    panels = [(name, of, "iteration", {name: points}) for name, (of, points) in curves.items()]
+    return curve_panels_svg(panels, title, log=True)
 
 
-def curve_panels_svg(panels, title="", columns=2):
+def curve_panels_svg(panels, title="", log=False, columns=2):
     """Panels of curves with axes, ticks and one legend, as the text of a self-contained SVG file.
 
-    panels: dicts with "title", "xlabel", "ylabel" (with the unit), "log" (a logarithmic y axis; default False) and
-    "curves": {label: [y at x = 1, 2, …]} or {label: ([x, …], [y, …])}. A label looks the same in every panel. None is a
-    gap in a curve. title: a line above all panels; say model, variant, data and iteration there.
+    panels: (title, name of the y axis with its unit, name of the x axis, curves), curves: {label: [(x, y), …]}. A label
+    looks the same in every panel. A y of None is a gap. title: a line above all panels; say model, variant, data and
+    iteration there. log: with logarithmic y axes, where all values allow them.
     Every unbroken piece of a curve is a <polyline> with its label and its numbers in full as data-label, data-x and
-    data-values. ValueError for NaN, infinity, or a value that a logarithmic axis cannot show.
+    data-values. Raises ValueError for NaN and infinity.
     """
-    labels = list(dict.fromkeys(label for panel in panels for label in panel["curves"]))
-    styles = {label: (COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)], MARKERS[k % len(MARKERS)])
-              for k, label in enumerate(labels)}
+    labels = list(dict.fromkeys(label for panel in panels for label in panel[3]))
+    styles = dict(zip(labels, zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS))))
     columns = min(columns, len(panels))
     width, top = PANEL[0] * columns, 30 if title else 0
-    body = [_panel(panel, styles, (k % columns) * PANEL[0], top + k // columns * PANEL[1])
+    body = [_panel(*panel, log, styles, (k % columns) * PANEL[0], top + k // columns * PANEL[1])
             for k, panel in enumerate(panels)]
-
     x, y = 20, top + math.ceil(len(panels) / columns) * PANEL[1] + 14
-    for label in labels:
+    for label, (colour, dash, marker) in styles.items():
         needed = 60 + 6.5 * len(label)  # 11-pixel letters are about that wide
         if x > 20 and x + needed > width:
             x, y = 20, y + 18
-        colour, dash, marker = styles[label]
         body.append(f'<path d="M{x},{y}h34" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}"/>'
                     f'<path d="{marker}" transform="translate({x + 17},{y})" fill="{colour}"/>'
                     + _text(x + 40, y + 4, label, "start"))
         x += needed
-    if title:
-        body.append(_text(width / 2, 20, title, size=14))
-    height = y + 16
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">\n'
-            f'<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(body) + "\n</svg>\n")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 16}" '
+            f'viewBox="0 0 {width} {y + 16}" font-family="sans-serif" font-size="11">\n'
+            f'<rect width="{width}" height="{y + 16}" fill="white"/>\n'
+            + "\n".join(body + [_text(width / 2, 20, title, size=14)] * bool(title)) + "\n</svg>\n")
 
 
-def _panel(panel, styles, x0, y0):
+def _panel(title, ylabel, xlabel, curves, log, styles, x0, y0):
     """One panel as an SVG group whose upper left corner is at (x0, y0)."""
-    log = panel.get("log", False)
-    pieces = [(label, piece) for label, curve in panel["curves"].items() for piece in _pieces(curve, panel, log)]
+    pieces = [(label, [*piece]) for label, curve in curves.items()
+              for gap, piece in groupby(curve, lambda point: point[1] is None) if not gap]
+    xs, ys = ([point[axis] for _, piece in pieces for point in piece] for axis in (0, 1))
+    if not all(map(math.isfinite, xs + ys)):
+        raise ValueError(f"{title}: a curve cannot show NaN or infinity")
     left, top, right, bottom = PLOT
-    x_ticks, x_of = _axis([x for _, piece in pieces for x, _ in piece], left, right, False)
-    y_ticks, y_of = _axis([y for _, piece in pieces for _, y in piece], bottom, top, log)
-
-    out = [f'<g transform="translate({x0},{y0})">',
-           _text((left + right) / 2, top - 12, panel["title"], size=13),
-           _text((left + right) / 2, bottom + 34, panel["xlabel"]),
-           _text(14, (top + bottom) / 2, panel["ylabel"], turn=-90)]
-    for tick in y_ticks:
-        out.append(f'<path d="M{left},{y_of(tick):.2f}H{right}" stroke="#ddd"/>'
-                   + _text(left - 6, y_of(tick) + 4, f"{tick:g}", "end"))
-    for tick in x_ticks:
-        out.append(f'<path d="M{x_of(tick):.2f},{bottom}v4" stroke="black"/>'
-                   + _text(x_of(tick), bottom + 17, f"{tick:g}"))
+    (x_ticks, x_of), (y_ticks, y_of) = _axis(xs, left, right), _axis(ys, bottom, top, log and all(y > 0 for y in ys))
+    out = [f'<g transform="translate({x0},{y0})">', _text((left + right) / 2, top - 12, title, size=13),
+           _text((left + right) / 2, bottom + 34, xlabel), _text(14, (top + bottom) / 2, ylabel, turn=-90)]
+    out += [f'<path d="M{left},{y_of(tick):.2f}H{right}" stroke="#ddd"/>'
+            + _text(left - 6, y_of(tick) + 4, f"{tick:g}", "end") for tick in y_ticks]
+    out += [f'<path d="M{x_of(tick):.2f},{bottom}v4" stroke="black"/>' + _text(x_of(tick), bottom + 17, f"{tick:g}")
+            for tick in x_ticks]
     out.append(f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="black"/>')
     for label, piece in pieces:
         colour, dash, marker = styles[label]
         points = [f"{x_of(x):.2f},{y_of(y):.2f}" for x, y in piece]
-        xs, ys = zip(*piece)
+        numbers = [" ".join(repr(float(v)) for v in values) for values in zip(*piece)]
         out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}" '
-                   f'points="{" ".join(points)}" data-label="{escape(_printable(label))}" '
-                   f'data-x="{" ".join(repr(float(x)) for x in xs)}" '
-                   f'data-values="{" ".join(repr(float(y)) for y in ys)}"/>')
+                   f'points="{" ".join(points)}" data-label="{_safe(label)}" data-x="{numbers[0]}" '
+                   f'data-values="{numbers[1]}"/>')
         out += [f'<path d="{marker}" transform="translate({point})" fill="{colour}"/>'
                 for point in points[::math.ceil(len(points) / 20)]]
-    if not pieces:
-        out.append(_text((left + right) / 2, (top + bottom) / 2, "no values"))
-    return "\n".join(out) + "\n</g>"
+    return "\n".join(out + [_text((left + right) / 2, (top + bottom) / 2, "no values")] * (not pieces)) + "\n</g>"
 
 
-def _pieces(curve, panel, log):
-    """The unbroken pieces of a curve: lists of (x, y)."""
-    xs, ys = curve if isinstance(curve, tuple) else (range(1, len(curve) + 1), curve)
-    pieces = [[]]
-    for x, y in zip(xs, ys, strict=True):
-        if y is None:
-            pieces.append([])
-            continue
-        if not (math.isfinite(x) and math.isfinite(y)) or log and y <= 0:
-            raise ValueError(f"{panel['title']}: a curve cannot show {y} at {x}" + " on a logarithmic axis" * log)
-        pieces[-1].append((x, y))
-    return [piece for piece in pieces if piece]
-
-
-def _axis(values, start, end, log):
+def _axis(values, start, end, log=False):
     """Ticks of an axis that holds the values, and the map from a value to its place between start and end (pixels)."""
     low, high = (min(values), max(values)) if values else (1, 10)
     scale = math.log10 if log else float
@@ -484,9 +455,8 @@ def _axis(values, start, end, log):
     margin = 0.05 * (b - a) or 0.05 * abs(b) or 0.5
     a, b = a - margin, b + margin
     if log and b - a > 1:
-        stride = math.ceil((b - a) / 6)
         mantissas = (1,) if b - a > 3 else (1, 2, 5)
-        ticks = [m * 10.0**e for e in range(math.floor(a), math.ceil(b), stride) for m in mantissas]
+        ticks = [m * 10.0**e for e in range(math.floor(a), math.ceil(b), math.ceil((b - a) / 6)) for m in mantissas]
     else:  # a logarithmic axis of less than a decade is nearly linear
         lowest, highest = (10**a, 10**b) if log else (a, b)
         power = 10 ** math.floor(math.log10((highest - lowest) / 4))
@@ -494,26 +464,26 @@ def _axis(values, start, end, log):
         if all(isinstance(v, int) for v in values):
             step = max(1, round(step))
         ticks = [k * step for k in range(math.ceil(lowest / step), math.floor(highest / step) + 1)]
-    ticks = [t for t in ticks if a <= scale(t) <= b]
-    return ticks, lambda value: start + (scale(value) - a) / (b - a) * (end - start)
+    return [t for t in ticks if a <= scale(t) <= b], lambda value: start + (scale(value) - a) / (b - a) * (end - start)
 
 
-def _printable(text):
-    """Text that every file takes: control characters and lone surrogates (of names that are not UTF-8) as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def _safe(text):
+    """Text for XML: control characters and lone surrogates, of names that are not UTF-8, as escapes."""
+    return escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 def _text(x, y, text, anchor="middle", size=11, turn=0):
     rotate = f' transform="rotate({turn} {x:.2f} {y:.2f})"' if turn else ""
-    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}"{rotate}>{escape(_printable(text))}</text>'
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}"{rotate}>{_safe(text)}</text>'
 
 
 # ---- Pictures: images are uint8 (H, W, 3) ----------------------------------------------------------------------------
 
 def png(images, delay_ms=300):
-    """A PNG file of an image (H, W, 3), or of images (T, H, W, 3) an animated one that loops for ever; grey if all are."""
-    chunks, images = [], np.asarray(images)
-    frames = images if images.ndim == 4 else images[None]
+    """A PNG file of an image (H, W, 3), or of images (T, H, W, 3) an animated one that loops for ever."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
+        raise ValueError(f"an image is uint8 (H, W, 3), not {images.dtype} {images.shape}")
+    chunks, frames = [], images if images.ndim == 4 else images[None]
     if (frames == frames[..., :1]).all():
         frames = frames[..., :1]
     count, height, width, colours = frames.shape
@@ -534,7 +504,7 @@ def png(images, delay_ms=300):
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-# The printable ASCII characters from the blank on, five columns of seven dots each, the lowest bit at the top, and a gap.
+# The printable ASCII characters from the blank on, five columns of seven dots each, the lowest bit at the top.
 FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
     "000000000000005f00000007000700147f147f14242a7f2a12231308646236495620500000070000001c2241000041221c00"
     "2a1c7f1c2a08083e080800403000000808080808000060600020100804023e5149453e00427f400062514949462241494936"
@@ -558,24 +528,12 @@ def words(text):
     return np.where(dots, 0, 255).astype(np.uint8).repeat(3, 2)
 
 
-def _palette():
-    """256 colours from black through red to yellow: uint8 (256, 3).
-
-    A curve in Oklab (Ottosson 2020) of evenly rising lightness: equal steps look equal, also in grey print and to the
-    colour-blind.
-    """
-    t = np.linspace(0, 1, 256)[:, None]
-    lab = ((1 - t)**2 * [0.12, 0.03, -0.08] + 2 * t * (1 - t) * [0.535, 0.23, 0.03] + t**2 * [0.95, -0.02, 0.125])
-    cones = lab @ [[1, 1, 1], [0.3963377774, -0.1055613458, -0.0894841775],
-                   [0.2158037573, -0.0638541728, -1.291485548]]
-    linear = cones**3 @ [[4.0767416621, -1.2684380046, -0.0041960863], [-3.3077115913, 2.6097574011, -0.7034186147],
-                         [0.2309699292, -0.3413193965, 1.7076147010]]
-    linear = linear.clip(0, 1)
-    srgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear**(1 / 2.4) - 0.055)
-    return np.rint(255 * srgb).astype(np.uint8)
-
-
-PALETTE = _palette()
+# From black through red to yellow, on a curve in Oklab (Ottosson 2020) of evenly rising lightness: equal steps look
+# equal, also in grey print and to the colour-blind.
+_stops = np.frombuffer(bytes.fromhex(
+    "0900231a012b2f0632430e395818406d2347812f4d953d54a74c5ab85c5fc86e65d7816be59571f0aa77f9c07dffd882fff088"), np.uint8)
+PALETTE = np.rint([np.interp(np.arange(256), np.linspace(0, 255, 17), stop) for stop in _stops.reshape(17, 3).T])
+PALETTE = PALETTE.T.astype(np.uint8)  # (256, 3)
 GREY = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
 NO_DATA = (150, 160, 170)                                         # a grey that no palette has
 RAIN_CLASSES = (0.1, 0.5, 1, 2, 5, 10)                            # mm/h, the lower bounds of all classes but the first
@@ -585,8 +543,8 @@ RAIN_LEGEND = [*zip(RAIN_COLOURS.tolist(), ["< 0.1 mm/h"] + [
 
 
 def paint(values, scale, palette=PALETTE):
-    """Values (...) in the palette's colours, uint8 (..., 3): scale's low and less the first, its high and more the last;
-    NaN as NO_DATA."""
+    """Values (...) in the palette's colours, uint8 (..., 3): the scale's low and less in the first, its high and more
+    in the last; NaN as NO_DATA."""
     low, high = scale
     share = (values - low) / (high - low) if high > low else 0 * values
     images = palette[np.rint(255 * np.nan_to_num(share).clip(0, 1)).astype(int)]
@@ -598,25 +556,6 @@ def fit(images, size):
     """Images (..., H, W) as (..., *size), every pixel that of the place it comes from: nothing is smoothed."""
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, images.shape[-2:]))
     return images[..., rows[:, None], columns]
-
-
-def panel_size(height, width, smallest=64, largest=256):
-    """The size that frames are shown in: magnified by a whole number until the shorter side has `smallest` pixels, or
-    thinned out until the longer side has at most `largest`."""
-    step = -(-max(height, width) // largest)
-    times = max(1, smallest // min(height, width)) if step == 1 else 1
-    return -(-height // step) * times, -(-width // step) * times
-
-
-def marked(images, y, x):
-    """Images (..., H, W, 3) with a white "+" edged in black at a pixel, which itself is left open."""
-    dy, dx = (np.abs(np.arange(-5, 6))[s] for s in ((slice(None), None), (None, slice(None))))
-    near, far = np.minimum(dy, dx), np.maximum(dy, dx)
-    wide = np.pad(images, [(0, 0)] * (images.ndim - 3) + [(5, 5), (5, 5), (0, 0)])
-    spot = wide[..., y:y + 11, x:x + 11, :]
-    spot[..., (near <= 1) & (far > 0), :] = 0
-    spot[..., (near == 0) & (far > 0) & (far < 5), :] = 255
-    return wide[..., 5:-5, 5:-5, :]
 
 
 class Row(NamedTuple):
@@ -647,13 +586,16 @@ def heat_row(label, values, size):
 
 
 def film_rows(label, frames, unit=None, scale=None):
-    """Frames (T, C, H, W), NaN where there are no data, as rows of panels, one a channel, numbered if there are several.
+    """Frames (T, C, H, W), NaN where there are no data, as rows of panels, one a channel, numbered if several.
 
-    unit: None, for grey frames in [0, 1]; "mm/h", for rain, in classes; any other, for a heat map of values in that unit
-    with its scale (low, high). A constant panel is noted as such.
+    unit: None, for grey frames in [0, 1]; "mm/h", for rain, in classes; any other, for a heat map of values in it with
+    the scale (low, high). A constant panel is noted as such.
     """
     values = torch.as_tensor(frames).detach().cpu().float().numpy()
-    panels, count = fit(values, panel_size(*values.shape[2:])), values.shape[1]
+    count, (height, width) = values.shape[1], values.shape[2:]
+    step = -(-max(height, width) // 256)  # thinned out, for a longer side of 256 pixels at most, or magnified
+    times = max(1, 64 // min(height, width)) if step == 1 else 1
+    panels = fit(values, (-(-height // step) * times, -(-width // step) * times))
     if unit == "mm/h":
         images = RAIN_COLOURS[np.searchsorted(np.float32(RAIN_CLASSES), np.nan_to_num(panels), side="right")]
         images[np.isnan(panels)] = NO_DATA
@@ -717,7 +659,7 @@ def sheet(rows, title="", legend=()):
     return np.pad(_join(lines, 0), ((2, 0), (2, 0), (0, 0)), constant_values=255)
 
 
-# ---- Sheets of films, and of what a model holds ------------------------------------------------------------------------
+# ---- Sheets of films, and of what a model holds ----------------------------------------------------------------------
 
 class Film(NamedTuple):
     """A sequence and forecasts of it, in one unit, NaN where there are no data."""
@@ -730,8 +672,7 @@ class Film(NamedTuple):
 
 def _range(*films):
     """The least and the greatest value of films."""
-    values = torch.cat([film.flatten() for film in films])
-    values = values[~values.isnan()]
+    values = torch.cat([film[~film.isnan()] for film in films])
     return (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
 
 
@@ -820,10 +761,15 @@ COLUMNS = 10                        # of a sheet over a model's steps, at the mo
 FEATURES = "mean of |x| over channels"
 
 
-def _crossed(row, point, frames):
-    """A row with a pixel (y, x) of the frames (..., H, W) marked in every panel."""
-    at = [(2 * p + 1) * new // (2 * old) for p, new, old in zip(point, row.images.shape[1:3], frames.shape[-2:])]
-    return row._replace(images=marked(row.images, *at))
+def crossed(row, point, frames):
+    """A row with a pixel (y, x) of the frames (..., H, W) marked in all panels, by a white "+" that leaves it open."""
+    y, x = ((2 * p + 1) * new // (2 * old) for p, new, old in zip(point, row.images.shape[1:3], frames.shape[-2:]))
+    far = np.maximum(*(distance := np.abs(np.mgrid[-5:6, -5:6])))
+    images = np.pad(row.images, ((0, 0), (5, 5), (5, 5), (0, 0)))
+    spot = images[:, y:y + 11, x:x + 11]
+    spot[:, (distance.min(0) <= 1) & (far > 0)] = 0
+    spot[:, (distance.min(0) == 0) & (far > 0) & (far < 5)] = 255
+    return row._replace(images=images[:, 5:-5, 5:-5])
 
 
 def _reads(reads):
@@ -851,8 +797,8 @@ def layer_sheet(runs, title=""):
 def map_sheets(reads, extras, names, points, about="", title=""):
     """Attention and weight maps of the first and the last layer, a sheet for each name and query point: {name: image}.
 
-    reads, extras: as in layer_sheet. "attention" is (1, S, points, n, h, w): n maps of what each of the points (y, x) looks
-    at. Any other with six dimensions is (1, S, n, C, h, w); drawn is the mean of |x| over C. names: {name: n texts}.
+    reads, extras: as in layer_sheet. "attention" is (1, S, points, n, h, w): n maps of what each point (y, x) looks at.
+    Any other with six dimensions is (1, S, n, C, h, w); drawn is the mean of |x| over C. names: {name: n texts}.
     """
     sheets = {}
     for name, layers in ((name, layers) for name, layers in extras.items() if layers[0].ndim == 6):
@@ -864,6 +810,6 @@ def map_sheets(reads, extras, names, points, about="", title=""):
                       for n, text in enumerate(names.get(name) or [f"{name} {n + 1}" for n in range(x.shape[1])])]
             what = f"{name}: {FEATURES}"
             if point:
-                shown, what = [_crossed(row, point, reads) for row in shown], f"{name} of + (y={point[0]}, x={point[1]})"
+                shown, what = [crossed(row, point, reads) for row in shown], f"{name} of + (y={point[0]}, x={point[1]})"
             sheets[f"{name}_{p + 1}" if point else name] = sheet([about, what, times, *shown], title)
     return sheets

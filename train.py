@@ -652,17 +652,21 @@ def label_of(config, clips, iteration):
     return f"{config['model']} {config['variant']} {config['setup']}, {clips.name}, iteration {iteration}"
 
 
-@torch.no_grad()
 def write_film_strip(model, config, clips, device, path, iteration, sequences=3):
     """The first test sequences and their forecasts."""
-    past, stop = config["frames_in"], min(sequences, clips.test_count)
-    truth = clips.test(0, stop, device)
-    frames = truth.nan_to_num(0.0)
-    with autocast(device, config["precision"]):
-        forecasts = model(frames[:, :past], horizon=clips.test_horizon)[:, -clips.test_horizon:].float().clamp(0, 1)
-    films = [metrics.Film(f"test sequence {k}", past, one.cpu(), {"": forecast.cpu()})
-             for k, (one, forecast) in enumerate(zip(truth, forecasts))]
-    data.write_whole(path, metrics.png(metrics.film_sheet(films, label_of(config, clips, iteration))))
+    frames, horizon = clips.test(0, min(sequences, clips.test_count), device), clips.test_horizon
+    predictions = Forecaster(model, config)(frames[:, :-horizon], horizon)
+    films = [metrics.Film(f"test sequence {k}", len(truth) - horizon, truth, {"": forecast})
+             for k, (truth, forecast) in enumerate(zip(*in_units(clips, 0, frames, predictions[:, -horizon:])))]
+    data.write_whole(path, metrics.png(metrics.film_sheet(films, label_of(config, clips, iteration), clips.unit)))
+
+
+def in_units(clips, start, frames, forecast):
+    """Test sequences from `start` on and a forecast as they are drawn: in the data's unit, NaN where there are no data."""
+    forecast = forecast.clamp(0, 1)
+    if clips.unit:
+        frames, forecast = clips.test_units(start, start + len(frames)), clips.to_units(forecast)
+    return frames.float().cpu(), forecast.float().cpu()
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
@@ -933,8 +937,8 @@ def command_predict(args):
     path = write_new(run.folder, f"predict-{stem}", ".npy", content.getbuffer())
     title = f"{config['model']} {config['variant']} {config['setup']}, {Path(args.data).name}, iteration {run.checkpoint['iteration']}"
     known = films.frames(0, 1)[0]
-    data.write_whole(path.with_suffix(".png"), metrics.png(metrics.film_sheet(
-        [metrics.Film("", len(known), known.cpu(), {"": forecasts[0].clamp(0, 1)})], title)))
+    film = metrics.Film("", len(known), known.cpu(), {"": forecasts[0].clamp(0, 1)})
+    data.write_whole(path.with_suffix(".png"), metrics.png(metrics.film_sheet([film], title)))
     say(f"{path}: {array.dtype} {array.shape}, {horizon} frames beyond the end of {films.count} film(s)\n"
         f"{path.with_suffix('.png')}: the first of them")
 
@@ -1016,85 +1020,68 @@ class Figures:
                        suffix)
             self.results = read_results(path)
 
-    def ranked(self):
-        """{"best": (number of a test sequence, its forecast's MSE), "median": …, "worst": …}"""
-        scores, horizon = [], self.clips.test_horizon
-        with Stop() as stop:
-            for _, frames, predictions in batches(self.clips.test, self.results["sequences"], horizon,
-                                                     Forecaster(self.model, self.config), self.device, stop):
-                truth = frames[:, -horizon:]
-                scores.append(metrics.frame_scores(predictions[:, -horizon:], truth, known(truth, self.clips)))
-        return metrics.ranked({name: torch.cat([batch[name] for batch in scores]).cpu() for name in scores[0]})
-
-    @torch.no_grad()
     def forecast(self, number, extras="loss"):
-        """A test sequence and its forecast, in the data's unit; all frames that the model read; its extras."""
-        past, truth = self.clips.frames_in, self.clips.test(number, number + 1, self.device)
-        frames = truth.nan_to_num(0.0)
-        with autocast(self.device, self.config["precision"]):
-            predictions, found = self.model(frames[:, :past], horizon=self.clips.test_horizon, extras=extras)
+        """A test sequence and its forecast, as they are drawn; all frames that the model read; its extras."""
+        past, frames = self.clips.frames_in, self.clips.test(number, number + 1, self.device)
+        predictions, found = Forecaster(self.model, self.config)(frames[:, :past], self.clips.test_horizon, extras)
         extras = {name: [layer.float().cpu() for layer in (layers if isinstance(layers, list) else [layers])]
                   for name, layers in found.items() if name != "loss"}
-        predictions = predictions.float().clamp(0, 1)
-        reads = torch.cat([frames[0, :past], predictions[0, past - 1:-1]]).cpu()
-        truth, forecast = (in_units(self.clips, film) for film in (truth, predictions[:, past - 1:]))
-        return truth[0].cpu(), forecast[0].cpu(), reads, extras
+        truth, forecast = in_units(self.clips, number, frames, predictions[:, past - 1:])
+        reads = torch.cat([frames[0, :past], predictions[0, past - 1:-1].clamp(0, 1)]).nan_to_num(0.0)
+        return truth[0], forecast[0], reads.cpu(), extras
 
-    def pictures(self, ranked):
-        """Every picture of this run alone: {name of a file: its content}."""
-        films, past, unit, median = [], self.clips.frames_in, self.clips.unit, ranked["median"][0]
+    def pictures(self):
+        """Every picture of this run alone, {name of a file: its content}, and the number of the median sequence."""
+        scores, clips, past, horizon = [], self.clips, self.clips.frames_in, self.clips.test_horizon
+        with Stop() as stop:
+            for _, frames, predictions in batches(clips.test, self.results["sequences"], horizon,
+                                                  Forecaster(self.model, self.config), self.device, stop):
+                truth = frames[:, -horizon:]
+                scores.append(metrics.frame_scores(predictions[:, -horizon:], truth, known(truth, clips)))
+        ranked = metrics.ranked({name: torch.cat([batch[name] for batch in scores]).cpu() for name in scores[0]})
+        films, median = [], ranked["median"][0]
         for name, (number, mse) in ranked.items():
             truth, forecast, _, _ = self.forecast(number)
             caption = f"{name} of {self.results['sequences']}: test sequence {number}, MSE {mse:.4g}"
             films.append(metrics.Film(caption, past, truth, {"": forecast}))
         log = self.folder / "log.csv"
         loss = [(int(row[0]), float(row[1])) for row in read_log(log)]
+        loss, mse = ([point for point in points if point[0] <= self.iteration] for points in (loss, self.validation))
         training = {"training": (f"{self.config['loss']} loss (sum over a frame)", loss),
-                    "validation": ("MSE of the forecast (sum over a frame)", self.validation)}
-        training = {name: (ylabel, [point for point in points if point[0] <= self.iteration])
-                    for name, (ylabel, points) in training.items()}
-        points = metrics.query_points(self.clips.test(median, median + 1)[0, past - 1].nan_to_num(0.0))
+                    "validation": ("MSE of the forecast (sum over a frame)", mse)}
+        points = metrics.query_points(clips.test(median, median + 1)[0, past - 1].nan_to_num(0.0))
         _, _, reads, extras = self.forecast(median, points)
-        about = (f"test sequence {median}; up to t={past} it reads true frames, then its own forecasts; a scale for each row")
-        images = {"films": metrics.film_sheet(films, self.label, unit),
-                  "films_animated": metrics.film_animation(films, self.label, unit),
-                  "layers": metrics.layer_sheet({about: (reads, extras)}, self.label),
-                  **metrics.map_sheets(reads, extras, getattr(self.model, "map_names", {}), points, about, self.label)}
-        return {"curves.svg": score_curves([self]), "training.svg": metrics.training_curves(training, self.label).encode(),
-                **{f"{name}.png": metrics.png(image) for name, image in images.items()}}
-
-
-def in_units(clips, frames):
-    return clips.to_units(frames).float() if clips.unit else frames
-
-
-def labels_of(runs):
-    """The runs' labels, with the folders' names where they would be the same."""
-    labels = [run.label for run in runs]
-    return labels if len(set(labels)) == len(runs) else [f"{run.folder.name}: {run.label}" for run in runs]
+        about = f"test sequence {median}; up to t={past} true frames are read, then its own forecasts; a scale a row"
+        images = metrics.map_sheets(reads, extras, getattr(self.model, "map_names", {}), points, about, self.label)
+        images |= {"films": metrics.film_sheet(films, self.label, clips.unit),
+                   "films_animated": metrics.film_animation(films, self.label, clips.unit),
+                   "layers": metrics.layer_sheet({about: (reads, extras)}, self.label)}
+        return {f"{name}.png": metrics.png(image) for name, image in images.items()} | {
+            "curves.svg": score_curves({self.label: self}),
+            "training.svg": metrics.training_curves(training, self.label).encode()}, median
 
 
 def score_curves(runs):
-    results = runs[0].results
-    summaries = dict(zip(labels_of(runs), (run.results["forecast"] for run in runs)))
+    """Frame-wise scores of runs, {label: run}, and of the repeated last frame."""
+    results = next(iter(runs.values())).results
+    summaries = {label: run.results["forecast"] for label, run in runs.items()}
     return metrics.score_curves(summaries | {"last frame repeated": results["repeat_last"]},
                                 f"{results['data']}, {results['sequences']} test sequences", results["unit"]).encode()
 
 
 def compare(runs, number):
-    """Several runs side by side: their scores, and their forecasts and layers on one test sequence."""
-    clips, labels, found = runs[0].clips, labels_of(runs), [run.forecast(number, True) for run in runs]
-    film = metrics.Film("", clips.frames_in, found[0][0], {label: one[1] for label, one in zip(labels, found)})
-    title, layers = f"{clips.name}, test sequence {number}", {label: one[2:] for label, one in zip(labels, found)}
-    return {"comparison.svg": score_curves(runs),
-            "comparison.png": metrics.png(metrics.film_sheet([film], title, clips.unit)),
-            "comparison_layers.png": metrics.png(metrics.layer_sheet(layers, title))}
+    """Runs side by side, {label: run}: their scores, and their forecasts and layers on one test sequence."""
+    clips, found = next(iter(runs.values())).clips, {label: run.forecast(number, True) for label, run in runs.items()}
+    truth, title = next(iter(found.values()))[0], f"{clips.name}, test sequence {number}"
+    film = metrics.Film("", clips.frames_in, truth, {label: one[1] for label, one in found.items()})
+    layers = metrics.layer_sheet({label: one[2:] for label, one in found.items()}, title)
+    return {"comparison.svg": score_curves(runs), "comparison_layers.png": metrics.png(layers),
+            "comparison.png": metrics.png(metrics.film_sheet([film], title, clips.unit))}
 
 
 def command_figures(args):
     """The papers' figures of each run, in its own folder; what compares several, in the first one's."""
-    runs = [Figures(args, run) for run in args.figures]
-    first, *others = runs
+    first, *others = runs = [Figures(args, run) for run in args.figures]
     if len({run.place.resolve() for run in runs}) < len(runs):
         raise UserError("--figures: a run is named twice")
     for other in others:
@@ -1105,18 +1092,21 @@ def command_figures(args):
                                 f"they cannot be compared")
         one, two = first.results["sequences"], other.results["sequences"]
         if one != two:
-            raise UserError(f"--figures: {first.folder} was evaluated on {one} test sequences, {other.folder} on {two}: "
-                            f"add --eval-sequences {min(one, two)}")
+            raise UserError(f"--figures: {first.folder} was evaluated on {one} test sequences, {other.folder} on "
+                            f"{two}: add --eval-sequences {min(one, two)}")
     drawn, medians = [], []
     for run in runs:                # all is drawn before anything is written
         try:
-            ranked = run.ranked()
-            medians.append(ranked["median"][0])
-            drawn.append(run.pictures(ranked))
+            pictures, median = run.pictures()
         except (ValueError, LookupError) as error:                # NaN, or a foreign results.json or log.csv
             raise RunError(f"{run.folder} cannot be drawn: {error}") from None
+        drawn.append(pictures)
+        medians.append(median)
     if others:
-        drawn[0] |= compare(runs, medians[0])
+        labels = [run.label for run in runs]
+        if len(set(labels)) < len(runs):
+            labels = [f"{run.folder.name}: {run.label}" for run in runs]
+        drawn[0] |= compare(dict(zip(labels, runs)), medians[0])
     for run, pictures in zip(runs, drawn):
         run.place.mkdir(exist_ok=True)
         for name, content in pictures.items():

@@ -67,7 +67,8 @@ def decoded(path):
 
 def places(image, picture):
     """Where in an image a smaller one stands, pixel by pixel: [(y, x), …]."""
-    (height, width), spots = picture.shape[:2], np.argwhere(np.ones(np.subtract(image.shape[:2], picture.shape[:2]) + 1))
+    height, width = picture.shape[:2]
+    spots = np.argwhere(np.ones((image.shape[0] - height + 1, image.shape[1] - width + 1)))
     for y, x in np.ndindex(height, width):
         if not len(spots):
             break
@@ -143,9 +144,10 @@ def test_names_are_drawn_in_a_form_that_the_font_has():
 def test_a_film_sheet_shows_its_films_under_their_times(unit):
     film, forecast = torch.rand(5, 2, 16, 20), torch.rand(3, 2, 16, 20)
     film[1, 0, 2:5, 3:9] = film[3, 1, 7:, :4] = math.nan
-    image = metrics.film_sheet([metrics.Film("the caption", 2, film, {"one": forecast, "two": forecast / 2})], "title", unit)
-    low, high = (f(film.nan_to_num(0.5).min() if f is min else film.nan_to_num(0.5).max(), forecast.min() if f is min
-                   else forecast.max(), (forecast / 2).min() if f is min else 0).item() for f in (min, max))
+    forecasts = {"one": forecast, "two": forecast / 2}
+    image = metrics.film_sheet([metrics.Film("the caption", 2, film, forecasts)], "title", unit)
+    everything = torch.cat([film.nan_to_num(0.5), *forecasts.values()])
+    low, high = everything.min().item(), everything.max().item()
 
     def drawn(frame, scale=(low, high)):
         big = frame.numpy().repeat(4, 0).repeat(4, 1)
@@ -164,7 +166,7 @@ def test_a_film_sheet_shows_its_films_under_their_times(unit):
         (above, middle), = columns[t]
         assert above < y and abs(middle + 11 - (x + 40)) <= 2
     assert len(says(image, "input 1/2")) == len(says(image, "truth 2/2")) == 1
-    for label, made in (("one", forecast), ("two", forecast / 2)):
+    for label, made in forecasts.items():
         (start, _), = says(image, label)
         below = image[start:]
         error = (made - film[2:]).abs()
@@ -185,7 +187,8 @@ def test_a_film_beyond_its_truth_has_no_error_and_large_frames_are_thinned_out()
 
 
 def test_the_palette_rises_evenly_in_lightness_and_stays_readable_to_the_colour_blind():
-    linear = np.where(metrics.PALETTE <= 10, metrics.PALETTE / 255 / 12.92, ((metrics.PALETTE / 255 + 0.055) / 1.055) ** 2.4)
+    srgb = metrics.PALETTE / 255
+    linear = np.where(metrics.PALETTE <= 10, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     # Viénot et al. 1999: what remains of the colours without the cones for green, then for red
     blind = [np.array(m) for m in ([[0.2928, 0.7072, 0], [0.2928, 0.7072, 0], [-0.0223, 0.0223, 1]],
                                    [[0.1124, 0.8876, 0], [0.1124, 0.8876, 0], [0.0040, -0.0040, 1]])]
@@ -249,9 +252,10 @@ def test_a_sheet_puts_its_rows_below_each_other():
 
 
 def test_a_cross_marks_a_pixel_and_leaves_it_open():
-    images = metrics.marked(np.full((2, 20, 20, 3), 77, np.uint8), 0, 10)
+    row = metrics.Row("a label", np.full((2, 20, 20, 3), 77, np.uint8))
+    images = metrics.crossed(row, (0, 5), np.zeros((3, 10, 10))).images[:, 1:, 1:]       # a pixel is two by two here
     assert (images[:, 0, 10] == 77).all() and (images[:, 0, [8, 12]] == 255).all() and (images[:, 3, 10] == 255).all()
-    assert (images[:, 1, 9] == 0).all() and (images[:, 12:] == 77).all() and images.shape == (2, 20, 20, 3)
+    assert (images[:, 1, 9] == 0).all() and (images[:, 12:] == 77).all() and images.shape == (2, 19, 19, 3)
 
 
 def scored(mse, pixels=None):
@@ -280,7 +284,8 @@ def test_the_sequences_shown_are_different_ones_or_fewer():
     ("convlstm", "full", set()), ("predrnn", "full", set()), ("ms_lstm", "full", set()),
     ("sa_convlstm", "full", {"attention_1.png", "attention_2.png"}), ("sa_convlstm", "memory", set()),
     ("moderrnn", "full", {"weights.png"}),
-    ("cms_lstm", "full", {"attention_1.png", "attention_2.png", "ce_input.png"}), ("cms_lstm", "no_se", {"ce_input.png"}),
+    ("cms_lstm", "full", {"attention_1.png", "attention_2.png", "ce_input.png"}),
+    ("cms_lstm", "no_se", {"ce_input.png"}),
 ])
 def test_every_model_gets_its_figures(capsys, model, variant, own):
     folder = made(model, "--variant", variant, *(["--layers", 4] if model == "ms_lstm" else []))
@@ -450,6 +455,9 @@ class Units(data.Windows):
 
     def to_units(self, frames):
         return frames * 20
+
+    def test_units(self, start, stop, device="cpu"):
+        return self.test(start, stop, device).double() * 20
 
 
 @pytest.mark.parametrize("unit, channels", [("mm/h", 1), ("vehicles", 2)])

@@ -163,18 +163,20 @@ def test_frames_smaller_than_the_window_have_no_ssim():
 
 def test_what_shapes_and_dtypes_tell_is_refused_by_every_score():
     x = torch.rand(1, 2, 1, 8, 8)
-    wrong = [(x, x[:, :1], None, "differ in shape"), (x[0], x[0], None, "predictions: a tensor"),
-             (x, x.numpy(), None, "truth: a tensor"), (x[:0], x[:0], None, "no side of 0"),
-             (x, x > 0.5, None, "dtype torch.bool"), (x, x, torch.ones(1, 2, 1, 8, 8), "mask: a bool tensor"),
-             (x, x, torch.ones(2, 1, 8, 8, dtype=torch.bool), "mask: a bool tensor"),
-             (x, x.to("meta"), None, "different devices"), (x, x, (x > 0).to("meta"), "different devices")]
+    wrong = [(x, x[:, :1], None, r"predictions: .* not torch.float32 \(1, 2"), (x[0], x[0], None, "truth: a tensor"),
+             (x, x.numpy(), None, "truth: .* not ndarray"), (x[:0], x[:0], None, r"truth: .* \(0, 2, 1, 8, 8\)"),
+             (x, x > 0.5, None, "truth: .* not torch.bool"), (x + 0j, x, None, "predictions: .* not torch.complex64"),
+             (x, x, torch.ones(1, 2, 1, 8, 8), "mask: .* of bools, .* not torch.float32"),
+             (x, x, torch.ones(2, 1, 8, 8, dtype=torch.bool), r"mask: .* \(2, 1, 8, 8\)"),
+             (x, x.to("meta"), None, "predictions: .* on the device of the truth, .* on cpu"),
+             (x, x, (x > 0).to("meta"), "mask: .* on meta")]
     for pred, truth, mask, text in wrong:
         for score in (metrics.frame_scores, metrics.unit_errors,
                       lambda pred, truth, mask: metrics.event_counts(pred, truth, (1,), mask)):
             with pytest.raises(ValueError, match=text):
                 score(pred, truth, mask)
     for levels in ((x * 255).to(torch.uint8), x.long()):
-        with pytest.raises(ValueError, match=r"floats in \[0, 1\] are needed"):
+        with pytest.raises(ValueError, match=r"of floats in \[0, 1\] .* not torch"):
             metrics.frame_scores(levels, levels)
 
 
@@ -477,6 +479,28 @@ def test_table_holds_the_numbers():
     assert rain.splitlines()[4].split() == ["2", "–", "|", "0.2500"]
 
 
+def test_table_says_units_precision_what_is_left_out_and_how_to_read_it():
+    entry = {"mean": 1.5, "frames": [1.0, 2.0]}
+    units = dict.fromkeys(("rmse", "mae_units", "rmse_1", "csi_273.15", "hss_273.15"), entry)
+    results = {"forecast": summary_of([10.5, 20.25], **units), "repeat_last": summary_of([100.0, 101.0], **units)}
+    results["forecast"]["mse"]["left_out"] = results["repeat_last"]["mse"]["left_out"] = 3
+    published = [{"source": "A paper, Table 1", "mse": 61.2}]
+    text = metrics.table(results, published, unit="K", precision="bf16")
+    blocks = text.split("\n\n")
+    assert [block.splitlines()[1].split()[1:] for block in blocks] == [
+        ["MSE", "MAE", "PSNR", "SSIM", "|", "MSE", "MAE", "PSNR", "SSIM"],
+        ["RMSE,", "K", "MAE,", "K", "|", "RMSE,", "K", "MAE,", "K"],
+        ["CSI", "273.15", "|", "CSI", "273.15"], ["HSS", "273.15", "|", "HSS", "273.15"]]
+    assert "the papers' figures are of fp32 runs; this run computed in bf16" in text
+    assert "frames without data are left out: 3 (forecast), 3 (repeat last)" in text
+    assert " ".join(text.split()).endswith(
+        "How to read it: lower MSE, MAE, RMSE and higher PSNR, SSIM, CSI, HSS are better; the repeated last frame is "
+        "what a forecast must beat.")
+    assert max(map(len, text.splitlines())) <= 100
+    plain = metrics.table(results, precision="bf16")
+    assert "bf16" not in plain and "RMSE, own unit" in plain
+
+
 def test_table_of_a_real_evaluation_stays_narrow():
     pred, truth = clips(2, 12, 2, 128, 128)
     summary = metrics.summarize(metrics.frame_scores(pred, truth))
@@ -493,7 +517,9 @@ def test_table_of_a_real_evaluation_stays_narrow():
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 
 def one_panel(curves, title, xlabel, ylabel, log=False):
-    return metrics.curve_panels_svg([dict(curves=curves, title=title, xlabel=xlabel, ylabel=ylabel, log=log)])
+    curves = {label: [*zip(*curve)] if isinstance(curve, tuple) else [*enumerate(curve, 1)]
+              for label, curve in curves.items()}
+    return metrics.curve_panels_svg([(title, ylabel, xlabel, curves)], log=log)
 
 
 def curves_in(svg):
@@ -561,10 +587,38 @@ def test_none_is_a_gap_and_an_empty_panel_says_so():
     assert len({y for _, y in curves_in(constant)["black"][0][2]}) == 1
 
 
-@pytest.mark.parametrize("values, log", [([1.0, math.nan], False), ([math.inf], False), ([1.0, 0.0], True)])
-def test_what_cannot_be_shown_is_refused(values, log):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_cannot_be_shown_is_refused(value):
     with pytest.raises(ValueError, match="MSE: a curve cannot show"):
-        one_panel({"run": values}, "MSE", "frame", "MSE", log)
+        one_panel({"run": [1.0, value]}, "MSE", "frame", "MSE")
+
+
+def test_training_curves_have_a_logarithmic_axis_where_the_values_allow_one():
+    points = [(10, 1000.0), (20, 10.0), (30, 1.0)]
+    for last, log in ((0.1, True), (0.0, False)):
+        curves = {"training": ("L1 loss", [*points, (40, last)]), "validation": ("MSE", [])}
+        svg = metrics.training_curves(curves, "a run")
+        (xs, values, places), = curves_in(svg)["training"]
+        assert xs == [10, 20, 30, 40] and values == [1000, 10, 1, last]
+        steps = np.diff([y for _, y in places])
+        assert (abs(steps[0] - 2 * steps[1]) < 0.1) == log
+        assert {"a run", "L1 loss", "MSE", "iteration", "no values"} <= set(texts_in(svg))
+
+
+def test_names_that_are_not_utf_8_leave_a_valid_file():
+    name = "r\udce9gion\x00\n <&> \"é\""
+    svg = metrics.score_curves({name: summary_of([1.0, 2.0])}, name)
+    svg.encode()
+    assert list(curves_in(svg)) == ["r\\udce9gion\\x00\\n <&> \"é\""]
+    assert texts_in(svg).count("r\\udce9gion\\x00\\n <&> \"é\"") == 2
+
+
+def test_curves_show_what_the_unit_adds():
+    summary = summary_of([1.0, 2.0], **{name: {"mean": 1.0, "frames": [1.0, k]} for k, name in enumerate(
+        ("rmse", "mae_units", "rmse_1", "csi_273.15", "hss_280"))})
+    panels = [text for text in texts_in(metrics.score_curves({"run": summary, "other": summary}, "", "K")) if text]
+    assert [text for text in ("RMSE (K)", "MAE (K)", "CSI at 273.15 K", "HSS at 280 K") if text not in panels] == []
+    assert not any("rmse_1" in text for text in panels)
 
 
 def test_many_curves_stay_apart_and_inside():
