@@ -570,11 +570,13 @@ def validate(model, config, clips, device, stop):
         for _, frames, predictions in batches(clips.valid, config["valid_sequences"], horizon, Forecaster(model, config),
                                               device, stop):
             truth = frames[:, -horizon:]
-            scores.append(metrics.frame_scores(predictions[:, -horizon:], truth, known(truth, clips))["mse"])
+            found = metrics.frame_scores(predictions[:, -horizon:], truth, known(truth, clips))
+            scores.append(torch.stack([found["mse"], found["pixels"]]))
     except Interrupted:
         return None
-    mse = torch.cat(scores).cpu() if scores else torch.empty(0, horizon, dtype=torch.float64)
-    return torch.cat(processes.from_all(mse)).mean().item()
+    scores = torch.cat(scores, 1).cpu() if scores else torch.empty(2, 0, horizon, dtype=torch.float64)
+    mse, pixels = torch.cat(processes.from_all(scores), 1)
+    return mse[pixels != 0].mean().item()                           # frames without data have no score
 
 
 def evaluate(model, config, clips, device, stop, piece=EVAL_BATCH):

@@ -465,7 +465,7 @@ def test_units_get_rain_classes_or_a_scale(monkeypatch, unit, channels):
     frames = np.random.default_rng(0).random((90, channels, 32, 32)).astype(np.float32)
     starts = {part: np.arange(start, start + 30, 6) for part, start in (("train", 0), ("valid", 30), ("test", 60))}
     if unit == "mm/h":
-        frames[..., :4, :4] = np.nan
+        frames[..., :4, :4] = frames[33] = np.nan                 # and a frame of the validation without any
     clips = Units("flows", frames, starts, 3, 3, scale=data.PLAIN, unit=unit, masked=unit == "mm/h")
     monkeypatch.setattr(data, "open_data", lambda *_, **__: clips)
     folder = made("convlstm", "--patch", 2, "--eval-sequences", 1)
@@ -489,6 +489,7 @@ def test_units_get_rain_classes_or_a_scale(monkeypatch, unit, channels):
     assert ({panel for panel, _ in found} > {"CSI 0.5", "HSS 5"}) == (unit == "mm/h")
     if unit == "mm/h":
         results = json.loads((folder / "results-3-sequences.json").read_text())
+        assert all(math.isfinite(mse) for _, mse in results["validation"])
         assert found["CSI 2", "convlstm full patch4, flows, iteration 1"][1] == results["forecast"]["csi_2"]["frames"]
         assert len(says(image, "no data")) == len(says(image, "< 0.1 mm/h")) == 1
     else:
