@@ -18,9 +18,11 @@ import contextlib
 import errno
 import gzip
 import hashlib
+import io
 import json
 import math
 import os
+import queue
 import re
 import shutil
 import struct
@@ -28,7 +30,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
+import threading
 import tokenize
 import urllib.request
 import warnings
@@ -192,7 +194,8 @@ def trajectories(raw, setup, frames, digit_count):
     patch4 (Srivastava et al. 2015): 3.6 pixels a frame; a step moves first, then a coordinate that has left [0, 36] is
     clamped to the edge and its velocity flips; frame 0 is after the first step; positions truncate to whole pixels.
     fullres (MS-LSTM): a whole speed of 2 to 6 pixels a frame, in any direction; frame 0 is the start; a velocity
-    component flips when the next position would pass -2 or 38, then the digit moves; positions round to whole pixels.
+    component flips when the next position would pass -2 or 38, then the digit moves; positions truncate toward zero.
+    The released generator then shifts the finished frame one pixel to the right, which is not copied.
     """
     raw = raw.reshape(len(raw), 2, 5)
     which = below(raw[..., 0], digit_count)
@@ -204,7 +207,7 @@ def trajectories(raw, setup, frames, digit_count):
     corners = np.empty((len(raw), frames, 2, 2), np.int64)
     for t in range(frames):
         if setup == "fullres":
-            corners[:, t] = position + ONE // 2 >> 24
+            corners[:, t] = position / ONE    # exact; a conversion to whole numbers truncates toward zero
             after = position + velocity
             velocity = np.where((after < -2 * ONE) | (after > (PLAY + 2) * ONE), -velocity, velocity)
             position = position + velocity
@@ -384,7 +387,8 @@ def open_moving_digits(folder=None, setup="patch4", frames_in=None, horizon=None
 def write_whole(path, content):
     """Write a file so that it appears whole or not at all, also when the process is killed or the disk is full.
 
-    content: bytes, or a function that is called with the open binary file and writes to it. Returns the path.
+    content: bytes, or a function that is called with the open binary file and writes to it. Returns the path. An
+    OSError about the writing names the file.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -396,11 +400,18 @@ def write_whole(path, content):
         os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else can read
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:    # such as a full disk
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        remove(Path(temporary))
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):    # such as a full disk
+            error.filename = str(path)
         raise
     return path
+
+
+def remove(*paths):
+    """Remove files where that can be done: on Windows it cannot while a process, maybe another, has one mapped."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def progress(iterable=None, **options):
@@ -411,9 +422,11 @@ def progress(iterable=None, **options):
 
 
 @contextlib.contextmanager
-def alone_in(folder, wait=True):
-    """Let one process at a time fill a folder; the others wait, or are refused. What killed ones left unfinished there is
-    removed."""
+def alone_in(folder, written=".+", wait=True):
+    """Let one process at a time fill a folder; the others wait, or are refused. What killed ones left there is removed.
+
+    written: a regular expression of the names that this program writes there: of nothing else is a remnant removed.
+    """
     if fcntl is None:
         yield
         return
@@ -424,8 +437,8 @@ def alone_in(folder, wait=True):
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise DataError(f"{folder}: another process is at work in it; wait for its end") from None
-            for path in Path(folder).glob(".*.tmp"):
-                path.unlink()
+            remove(*(path for path in Path(folder).iterdir()
+                     if re.fullmatch(rf"\.({written})\.[a-z0-9_]{{8}}\.tmp", path.name)))    # `write_whole`'s
         yield
     finally:
         os.close(handle)
@@ -491,6 +504,7 @@ MNIST_FILES = {  # name: (number of digits, SHA-256 of the unpacked file)
     "train-images-idx3-ubyte": (60_000, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
     "t10k-images-idx3-ubyte": (10_000, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
 }
+SILENCE, DOWNLOAD = 30, 600    # seconds without data, and of one download, after which it is given up
 
 
 def mnist_digits(folder, name):
@@ -498,54 +512,75 @@ def mnist_digits(folder, name):
 
     The file may lie there plain or as .gz. Raises DataError if it is not the MNIST file, whole, or cannot be had.
     """
-    count, checksum = MNIST_FILES[name]
     path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
     if not path.exists():
         _folder(folder, "; --data moving_digits needs none")
-        with alone_in(folder):
+        with alone_in(folder, re.escape(path.name)):
             if not path.exists():
-                _download_mnist(path, checksum)
+                _download_mnist(path)
     with reading(path, "delete it to have it downloaded again") as file:
         content = _mnist_content(gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, name)
-    return np.frombuffer(content, np.uint8, offset=16).reshape(count, DIGIT, DIGIT)
+    return np.frombuffer(content, np.uint8, offset=16).reshape(-1, DIGIT, DIGIT)
+
+
+def _mnist_bytes(name):
+    return 16 + MNIST_FILES[name][0] * DIGIT**2
 
 
 def _mnist_content(file, name):
     """The unpacked bytes of an MNIST file, of which no more are read than it has; ValueError if they are others."""
-    count, checksum = MNIST_FILES[name]
-    content = file.read(16 + count * DIGIT**2 + 1)
-    if hashlib.sha256(content).hexdigest() != checksum:
+    content = file.read(_mnist_bytes(name) + 1)
+    if hashlib.sha256(content).hexdigest() != MNIST_FILES[name][1]:
         raise ValueError("it is not the MNIST file of that name (its checksum differs)")
     return content
 
 
-def _download_mnist(path, checksum):
+def _download_mnist(path):
     """Download path.name from a mirror; it appears under its name only once its unpacked content has the checksum."""
     faults = []
     for mirror in MNIST_MIRRORS:
         try:
-            return write_whole(path, lambda file: file.write(_fetch(mirror + path.name, checksum)))
-        except (OSError, EOFError, zlib.error, ValueError) as error:  # URLError and time-outs are OSErrors
-            faults.append(f"{mirror.split('/')[2]}: {error}")
+            content = _fetch(mirror + path.name, _mnist_bytes(path.stem))    # packed, it is smaller
+            _mnist_content(gzip.GzipFile(fileobj=io.BytesIO(content)), path.stem)
+        except Exception as error:    # whatever a server sends, the next one may have the file
+            faults.append(f"{mirror.split('/')[2]}: {error or type(error).__name__}")
+        else:
+            return write_whole(path, content)
     raise DataError(f"cannot download {path.name} ({'; '.join(faults)}): put the file into {path.parent}, or use "
                     f"--data moving_digits, which needs none")
 
 
-def _fetch(url, checksum, silence=30, limit=600):
-    """The bytes behind a URL, with a progress bar. Gives up after `silence` seconds without data or `limit` in all."""
-    started, parts = time.monotonic(), []
-    with urllib.request.urlopen(url, timeout=silence) as response:
-        total = int(response.headers.get("Content-Length") or 0) or None
-        with progress(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
-            while part := response.read(1 << 16):
-                parts.append(part)
-                bar.update(len(part))
-                if time.monotonic() - started > limit:
-                    raise TimeoutError(f"not done after {limit} seconds")
-    content = b"".join(parts)
-    if hashlib.sha256(gzip.decompress(content)).hexdigest() != checksum:
-        raise ValueError("what it sent is not the file (its checksum differs)")
-    return content
+def _fetch(url, most):
+    """The bytes behind a URL, with a progress bar; an error after `most` bytes, SILENCE or DOWNLOAD seconds.
+
+    In a thread of its own: a server that drips could otherwise hold back whoever waits, its headers alone for days.
+    """
+    answer, late = queue.Queue(), threading.Event()
+
+    def fetch():
+        try:
+            content = bytearray()
+            with urllib.request.urlopen(url, timeout=SILENCE) as response:
+                total = int(response.headers.get("Content-Length") or 0) or None
+                with progress(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
+                    while not late.is_set() and (part := response.read1(1 << 16)):
+                        content += part
+                        bar.update(len(part))
+                        if len(content) > most:
+                            raise ValueError("it sends more than the file has")
+            answer.put(content)
+        except Exception as error:
+            answer.put(error)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        content = answer.get(timeout=DOWNLOAD)
+    except queue.Empty:
+        late.set()
+        raise TimeoutError(f"not done after {DOWNLOAD} seconds") from None
+    if isinstance(content, Exception):
+        raise content
+    return bytes(content)
 
 
 def open_moving_mnist(folder, setup="patch4", frames_in=None, horizon=None):
@@ -1186,6 +1221,9 @@ def open_films(path, data_dir, info, options=None, any_size=False):
 
 # --------------------------------------------------------------------------- datasets unpacked once into one long array
 
+FRAMES = r"frames-[0-9a-f]{12}\.(npy|json)"    # the names under which unpacking writes an array and its index
+
+
 class FrameWriter:
     """Frames appended to an open .npy file whose length nobody knows before its end. dtype, shape: of a frame."""
 
@@ -1216,77 +1254,120 @@ class FrameWriter:
 def unpack_once(folder, sources, dtype, shape, write, about=""):
     """The frames of a dataset, unpacked from its files into one memory-mapped array: (array, index).
 
-    sources: the files in `folder` that they come from. write(writer): called if they were not unpacked yet, or have
-    another size or time now; it adds the frames to a `FrameWriter` and returns the index, JSON-safe. What was unpacked
-    counts as whole only once its index is there. Where no source is left, what was unpacked before is used; None where
-    there is nothing at all. about: what else the result depends on.
+    sources: the files that they come from. write(writer): called if they were not unpacked yet, or have another size or
+    time now; it adds the frames to a `FrameWriter` and returns the index, JSON-safe. What was unpacked counts only if
+    it is whole, with its index. Where no source is left, what was unpacked before is used; None where there is nothing
+    at all. about: what else the result depends on.
     """
-    stats = [(str(path.relative_to(folder) if path.is_relative_to(folder) else path), path.stat()) for path in sources]
-    state = [about, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
-    mark = hashlib.sha256(repr(state).encode()).hexdigest()[:12]
-    path = folder / f"frames-{mark}.npy"
     if not sources:
-        return next(filter(None, (_unpacked_before(old, about) for old in sorted(folder.glob("frames-*.npy")))), None)
-    with alone_in(folder):
-        return _unpacked_before(path, about) or _unpack(path, dtype, shape, write, about)
+        before = (_unpacked_before(folder / name, about) for name in _listed(folder, FRAMES) if name.endswith(".npy"))
+        return next(filter(None, before), None)
+    try:
+        stats = [(str(path.relative_to(folder) if path.is_relative_to(folder) else path), path.stat())
+                 for path in sources]
+        state = [about, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
+        path = folder / f"frames-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.npy"
+        with alone_in(folder, FRAMES):
+            return _unpacked_before(path, about) or _unpack(path, dtype, shape, write, about)
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+        raise DataError(f"cannot unpack into {folder}: {why}") from None
+
+
+def _unpack(path, dtype, shape, write, about):
+    def content(file):
+        writer = FrameWriter(file, dtype, shape)
+        index = write(writer) | {"about": about}
+        writer.finish()
+        index["array"] = [writer.dtype.str, writer.count, *writer.shape]
+        index["check"] = _check(index)
+        write_whole(path.with_suffix(".json"), json.dumps(index).encode())    # first: no array is without its index
+
+    try:
+        write_whole(path, content)
+    except PermissionError:    # Windows, where processes do not wait for each other: one has mapped its array already
+        if not _unpacked_before(path, about):
+            raise
+    for old in (path.with_name(name) for name in _listed(path.parent, FRAMES)):
+        if old.suffix == ".json" and old.stem != path.stem and (_index(old) or {}).get("about") == about:
+            remove(old.with_suffix(".npy"), old)
+    return _unpacked_before(path, about)
 
 
 def _unpacked_before(path, about):
     """(array, index) of an array that is whole and depends on the same, or None."""
+    index = _index(path.with_suffix(".json"))
+    with contextlib.suppress(DataError):
+        if index and index["about"] == about:
+            with reading(path):
+                array = np.lib.format.open_memmap(path, mode="r")
+            if [array.dtype.str, *array.shape] == index["array"]:
+                return array, index
+
+
+def _index(path):
+    """An index that unpacking wrote, or None: nothing else passes its own check."""
+    with contextlib.suppress(DataError), reading(path) as file:
+        index = json.loads(file.read())
+        return index if index.pop("check") == _check(index) else None
+
+
+def _check(index):
+    return hashlib.sha256(json.dumps(index).encode()).hexdigest()[:16]
+
+
+def _listed(folder, names, others=None):
+    """The names in a folder that match, sorted. others: a list that takes those that neither match nor are hidden."""
     try:
-        index = json.loads(path.with_suffix(".json").read_text())
-        return (np.load(path, mmap_mode="r"), index) if index["about"] == about else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _unpack(path, dtype, shape, write, about):
-    folder, index = path.parent, {}
-
-    def content(file):
-        writer = FrameWriter(file, dtype, shape)
-        index.update(write(writer), about=about)
-        writer.finish()
-
-    try:
-        write_whole(path, content)
-        write_whole(path.with_suffix(".json"), json.dumps(index).encode())
+        there = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except FileNotFoundError:
+        return []
     except OSError as error:
-        raise DataError(f"cannot unpack into {folder}: {error.strerror or error}") from None
-    for old in folder.glob("frames-*.npy"):
-        if old != path and _about(old) in (about, None):
-            old.with_suffix(".json").unlink(missing_ok=True)
-            old.unlink()
-    return np.load(path, mmap_mode="r"), index
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from None
+    if others is not None:
+        others += [name for name in there if not re.fullmatch(f"{names}|{FRAMES}", name)]
+    return [name for name in there if re.fullmatch(names, name)]
 
 
-def _about(frames):
-    try:
-        return json.loads(frames.with_suffix(".json").read_text())["about"]
-    except (OSError, ValueError, KeyError):
-        return None
+def _not_read(name, others, where=""):
+    return [f"{name}: {len(others)} files{where} were not read, such as {others[0]}"] if others else []
 
 
 def _nothing_to_read(name, folder):
     return DataError(f"{folder} has no files of {name}: {WHERE_FROM[name]}")
 
 
-def _need_windows(name, starts, length, why=""):
-    if empty := [part for part in starts if not len(starts[part])]:
+def _parts(name, side, test, length, why=""):
+    """The training side's windows, cut into training and validation, which share no frame, and those of the test."""
+    train, valid = hold_out(side, max(1, len(side) // VALID_PART), length)
+    return _not_empty(name, {"train": train, "valid": valid, "test": test}, length, why)
+
+
+def _not_empty(name, parts, length, why=""):
+    if empty := [part for part in parts if not len(parts[part])]:
         raise DataError(f"{name}: not one window of {length} frames for {' and '.join(empty)}{why}")
+    return parts
 
 
-def _windows(first, stop, length, stride=1):
-    """The first frames of every stride-th window of `length` frames in first … stop - 1."""
-    return np.arange(first, stop - length + 1, stride)
+@contextlib.contextmanager
+def _hdf5(path):
+    """The door of `reading` for HDF5: a function that gives a dataset of the file by its name.
 
-
-def _h5py(path):
+    Only what lies in the file itself: a link or external storage could have any file on this machine read.
+    """
     try:
         import h5py
     except ImportError:
         raise DataError(f"{path} is HDF5, which needs the package h5py: pip install h5py") from None
-    return h5py
+    with reading(path), h5py.File(path, "r") as file:
+        def dataset(name):
+            link = file.get(name, getlink=True)
+            array = file[name] if isinstance(link, h5py.HardLink) else None
+            if not isinstance(array, h5py.Dataset) or array.external or array.is_virtual:
+                raise ValueError(f"its {name} is no dataset that lies in the file itself")
+            return array
+
+        yield file, dataset
 
 
 WHERE_FROM = {
@@ -1294,8 +1375,9 @@ WHERE_FROM = {
               "data/TaxiBJ), or dataset.npz as OpenSTL publishes it",
     "kth": "put the folders boxing, handclapping, handwaving, jogging, running and walking with their .avi files "
            "there, unzipped, and 00sequences.txt, all from www.csc.kth.se/cvap/actions",
-    "germany": "put RADOLAN RY composites there, plain, .gz or .tar.gz (opendata.dwd.de/climate_environment/CDC/"
-               "grids_germany/5_minutes/radolan), or RYDL.hdf5 (zenodo.org/record/3629951)",
+    "germany": "put RYDL.hdf5 there, the paper's (zenodo.org/record/3629951), or 5-minute RADOLAN composites, plain, "
+               ".gz, .bz2, .tar or .tar.gz: YW from 2001 on (opendata.dwd.de/climate_environment/CDC/grids_germany/"
+               "5_minutes/radolan/reproc), RY of the last days (opendata.dwd.de/weather/radar/radolan/ry)",
     "typhoon": "put gridded Himawari-8 files YYYYMMDDhhmm.tir.01.fld.geoss there, plain or .bz2 (CEReS, "
                "ftp://hmwr829gr.cr.chiba-u.ac.jp/gridded/FD)",
 }
@@ -1306,6 +1388,7 @@ VALID_PART = 20    # the last twentieth of the training windows is for validatio
 
 TAXIBJ_FILES = [f"BJ{year}_M32x32_T30_InOut.h5" for year in (13, 14, 15, 16)]
 TAXIBJ_TEST = 1_344    # windows, four weeks
+TAXIBJ_ROWS = 1 << 20  # of one file at most; the longest of the dataset has 7,220
 
 
 def open_taxibj(folder, setup="patch4", frames_in=None, horizon=None):
@@ -1336,33 +1419,31 @@ def open_taxibj(folder, setup="patch4", frames_in=None, horizon=None):
 
 def _unpack_taxibj(writer, files):
     """Append the complete days of the four files, negative flows as 0. The index: `runs` of consecutive slots."""
-    runs, dropped = [], 0
+    runs, dropped, seen = [], 0, {}
     for path in progress(files, desc="unpacking TaxiBJ"):
-        h5py = _h5py(path)
-        try:
-            with h5py.File(path, "r") as file:
-                flows, dates = file["data"], file["date"][:]
-                if flows.shape != (len(dates), 2, 32, 32):
-                    raise DataError(f"{path}: data has shape {flows.shape}, not ({len(dates)}, 2, 32, 32)")
-                slots = np.array([_slot(date) for date in dates.tolist()])
-                days = np.flatnonzero(np.diff(slots // 48)) + 1
-                after = None    # the slot that would go on from the last whole day of this file
-                for start, stop in zip([0, *days], [*days, len(slots)]):
-                    first = slots[start]
-                    if first % 48 or not np.array_equal(slots[start:stop], np.arange(first, first + 48)):
-                        dropped += 1
-                        continue
-                    flow = flows[start:stop].astype(np.float32)
-                    if not np.isfinite(flow).all():
-                        raise DataError(f"{path} has NaN or infinity in rows {start} to {stop - 1}")
-                    if first != after:
-                        runs.append([writer.count, writer.count])
-                    writer.add(flow.clip(0, None))
-                    runs[-1][1], after = writer.count, first + 48
-        except KeyError as error:
-            raise DataError(f"{path} is not a TaxiBJ file: {' '.join(str(error).split())}") from None
-        except READ_ERRORS + (AttributeError, IndexError) as error:
-            raise _cannot_read(path, error) from None
+        with _hdf5(path) as (_, dataset):
+            flows, dates = dataset("data"), dataset("date")
+            if flows.shape != (*dates.shape, 2, 32, 32) or not 0 < len(dates) <= TAXIBJ_ROWS:
+                raise ValueError(f"it has data of shape {flows.shape} and dates of shape {dates.shape}, not "
+                                 f"(N, 2, 32, 32) and (N,)")
+            slots = np.array([_slot(date) for date in dates[:].tolist()])
+            days = np.flatnonzero(np.diff(slots // 48)) + 1
+            after = None    # the slot that would go on from the last whole day of this file
+            for start, stop in zip([0, *days], [*days, len(slots)]):
+                first = int(slots[start])
+                if first % 48 or not np.array_equal(slots[start:stop], np.arange(first, first + 48)):
+                    dropped += 1
+                    continue
+                if first in seen:    # it could be in training and in the test
+                    raise ValueError(f"it has {datetime.fromordinal(first // 48):%Y-%m-%d}, as {seen[first]} has")
+                seen[first] = path.name
+                flow = flows[start:stop].astype(np.float32)
+                if not np.isfinite(flow).all():
+                    raise ValueError(f"NaN or infinity in rows {start} to {stop - 1}")
+                if first != after:
+                    runs.append([writer.count, writer.count])
+                writer.add(flow.clip(0, None))
+                runs[-1][1], after = writer.count, first + 48
     if not runs:
         raise DataError(f"{files[0].parent}: not one day with all 48 slots")
     return {"runs": runs, "dropped": dropped}
@@ -1379,47 +1460,45 @@ def _slot(date):
 
 def _taxibj_of_days(frames, index, setup, frames_in, horizon):
     length = frames_in + horizon
-    starts = np.concatenate([_windows(first, stop, length) for first, stop in index["runs"]])
+    starts = _starts(index["runs"], length)
     if len(starts) <= TAXIBJ_TEST:
         raise DataError(f"taxibj: {len(starts)} windows of {length} frames, of which the test takes {TAXIBJ_TEST}: "
                         f"none is left for training")
-    side, test = hold_out(starts, TAXIBJ_TEST, length)
-    train, valid = hold_out(side, max(1, len(side) // VALID_PART), length)
-    _need_windows("taxibj", {"training": train, "validation": valid}, length)
-    scale, notes = _scale_of_training("taxibj", frames, test[0])
-    shared = len(starts) - len(train) - len(valid) - len(test)
-    notes += [f"TaxiBJ: {len(train)} training, {len(valid)} validation, {len(test)} test windows (the papers: 19,560 "
-              f"training, 1,344 test); {shared} left out, which would share frames with validation or test; "
+    parts = _parts("taxibj", *hold_out(starts, TAXIBJ_TEST, length), length)
+    scale, notes = _scale_of_training("taxibj", frames, parts["test"][0])
+    train, valid, test = map(len, parts.values())
+    notes += [f"TaxiBJ: {train} training, {valid} validation, {test} test windows (the papers: 19,560 training, 1,344 "
+              f"test); {len(starts) - train - valid - test} left out, which would share frames with others; "
               f"{index['dropped']} days without all 48 slots dropped"]
-    frames = frames[:, :1] if setup == "fullres" else frames
-    starts = {"train": train, "valid": valid, "test": test}
-    return Windows("taxibj", frames, starts, frames_in, horizon, scale=scale, unit="taxis per 30 min", notes=notes,
-                   test_set=f"the last {TAXIBJ_TEST} windows{', inflow alone' if setup == 'fullres' else ''}")
+    return _taxibj(frames, parts, setup, frames_in, horizon, scale, "taxis per 30 min",
+                   f"the last {TAXIBJ_TEST} windows", notes)
+
+
+def _taxibj(frames, parts, setup, frames_in, horizon, scale, unit, test_set, notes):
+    if setup == "fullres":
+        frames, test_set = frames[:, :1], f"{test_set}, inflow alone"
+    return Windows("taxibj", frames, parts, frames_in, horizon, scale=scale, unit=unit, test_set=test_set, notes=notes)
 
 
 def _unpack_taxibj_npz(writer, path):
     """Append the clips of X_train, Y_train, X_test, Y_test, each clip's 4 + 4 frames in a row."""
     counts = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for part in ("train", "test"):
-                with archive.open(f"X_{part}.npy") as before, archive.open(f"Y_{part}.npy") as after:
-                    (shape, dtype), other = _header(before, f"{path} (X_{part})"), _header(after, f"{path} (Y_{part})")
-                    if (shape, dtype) != other or shape[1:] != (4, 2, 32, 32):
-                        raise DataError(f"{path}: X_{part} and Y_{part} have shapes {shape} and {other[0]}, not "
-                                        f"(N, 4, 2, 32, 32)")
-                    counts[part] = shape[0]
-                    size = 4 * 2 * 32 * 32 * dtype.itemsize
-                    for number in progress(range(shape[0]), desc=f"unpacking TaxiBJ ({part})", unit="clip"):
-                        clip = np.concatenate([np.frombuffer(source.read(size), dtype).reshape(4, 2, 32, 32)
-                                               for source in (before, after)]).astype(np.float32)
-                        if not (np.abs(clip) < 1 + 1e-6).all():    # a rounding error is none
-                            raise DataError(f"{path}: clip {number} of the {part} part goes beyond [-1, 1]")
-                        writer.add(clip)
-    except KeyError as error:
-        raise DataError(f"{path} is not TaxiBJ's: {' '.join(str(error).split())}") from None
-    except READ_ERRORS as error:
-        raise _cannot_read(path, error) from None
+    with reading(path) as file, zipfile.ZipFile(file) as archive:
+        for part in ("train", "test"):
+            with archive.open(f"X_{part}.npy") as before, archive.open(f"Y_{part}.npy") as after:
+                (shape, dtype), other = _header(before, f"{path} (X_{part})"), _header(after, f"{path} (Y_{part})")
+                if (shape, dtype) != other or shape[1:] != (4, 2, 32, 32) or dtype.kind != "f":
+                    raise ValueError(f"X_{part} and Y_{part} have shapes {shape} and {other[0]}, not (N, 4, 2, 32, 32)")
+                counts[part] = shape[0]
+                size = 4 * 2 * 32 * 32 * dtype.itemsize
+                for number in progress(range(shape[0]), desc=f"unpacking TaxiBJ ({part})", unit="clip"):
+                    clip = np.concatenate([np.frombuffer(source.read(size), dtype).reshape(4, 2, 32, 32)
+                                           for source in (before, after)]).astype(np.float32)
+                    if not (np.abs(clip) < 1 + 1e-6).all():    # a rounding error is none
+                        raise ValueError(f"clip {number} of the {part} part goes beyond [-1, 1]")
+                    writer.add(clip)
+                if before.read(1) or after.read(1):    # at its end an array is compared with its checksum
+                    raise ValueError(f"X_{part} or Y_{part} is longer than it says")
     return counts
 
 
@@ -1427,18 +1506,14 @@ def _taxibj_of_clips(frames, index, setup, frames_in, horizon):
     if frames_in + horizon > 8:
         raise DataError(f"taxibj: the clips of dataset.npz have 8 frames, fewer than --frames-in {frames_in} and "
                         f"--horizon {horizon}")
-    first_test, stop = 8 * index["train"], len(frames)
-    starts = np.arange(0, first_test, 8)
-    # Neighbouring clips are one slot apart, so seven of them share frames with the first clip after a cut.
-    valid = max(1, len(starts) // VALID_PART)
-    parts = {"train": starts[:-7][:-valid - 7], "valid": starts[:-7][-valid:], "test": np.arange(first_test, stop, 8)}
-    _need_windows("taxibj", parts, 8)
-    frames = frames[:, :1] if setup == "fullres" else frames
-    return Windows("taxibj", frames, parts, frames_in, horizon, scale=Scale(-1.0, 1.0),
-                   unit="flow scaled to [-1, 1]",
-                   test_set=f"X_test and Y_test of dataset.npz{', inflow alone' if setup == 'fullres' else ''}",
-                   notes=[f"TaxiBJ: {len(parts['train'])} training and {len(parts['valid'])} validation clips of "
-                          f"{len(starts)}, so that none share frames; {len(parts['test'])} test clips"])
+    # Clip k has the slots k … k + 7, of which the last seven of training may share some with the first of the test.
+    numbers = np.arange(index["train"] + index["test"])
+    parts = _parts("taxibj", numbers[:index["train"]][:-7], numbers[index["train"]:], 8)
+    parts = {part: 8 * parts[part] for part in parts}
+    notes = [f"TaxiBJ: {len(parts['train'])} training and {len(parts['valid'])} validation clips of {index['train']}, "
+             f"so that none share frames; {len(parts['test'])} test clips"]
+    return _taxibj(frames, parts, setup, frames_in, horizon, Scale(-1.0, 1.0), "flow scaled to [-1, 1]",
+                   "X_test and Y_test of dataset.npz", notes)
 
 
 # ------------------------------------------------------------------------------------------------------------------ KTH
@@ -1454,7 +1529,7 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
     actions, 10 -> 10 in training and 10 -> 20 in the test (another horizon than 10 is also the test's); `fullres`
     (MS-LSTM): walking, jogging, running, 10 -> 10.
     """
-    files = sorted(path for action in KTH_ACTIONS for path in (folder / action).glob("*.avi"))
+    files = [folder / action / name for action in KTH_ACTIONS for name in _listed(folder / action, r".*\.avi")]
     found = unpack_once(folder, files, np.uint8, (1, 128, 128), lambda writer: _unpack_kth(writer, files))
     if not found:
         raise _nothing_to_read("kth", folder)
@@ -1464,7 +1539,7 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
     horizon = horizon or 10
     test_horizon = 20 if setup == "patch4" and horizon == 10 else horizon
     actions = ("walking", "jogging", "running") if setup == "fullres" else KTH_ACTIONS
-    starts, skipped, short = {"train": [], "valid": [], "test": []}, list(index["skipped"]), []
+    parts, skipped, short = {"train": [], "valid": [], "test": []}, list(index["skipped"]), []
     for name, first, count in index["films"]:
         person, action = int(name[6:8]), name.split("_")[1]
         if name not in ranges:
@@ -1474,33 +1549,31 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
                 short.append(f"{name} ({count} of {ranges[name][-1][1]} frames)")
             part = "test" if person > 16 else "valid" if person == 16 else "train"
             length = frames_in + (test_horizon if part == "test" else horizon)
-            stride = 3 if action == "running" else 10
-            for start, stop in ranges[name]:
-                starts[part].extend(first + _windows(start - 1, min(stop, count), length, stride))
-    starts = {part: np.array(starts[part], np.int64) for part in starts}
-    _need_windows("kth", starts, frames_in + test_horizon, f" ({len(index['films'])} files could be read)")
-    notes = [f"KTH: {len(index['films'])} of the dataset's 599 files; {len(starts['train'])} training windows (people "
-             f"1-15), {len(starts['valid'])} for validation (person 16), {len(starts['test'])} for the test (17-25)"]
+            runs = [(first + start - 1, first + min(stop, count)) for start, stop in ranges[name]]
+            parts[part].extend(_starts(runs, length, 3 if action == "running" else 10))
+    parts = _not_empty("kth", {part: np.array(parts[part], np.int64) for part in parts}, frames_in + test_horizon,
+                       f" ({len(index['films'])} files could be read)")
+    notes = [f"KTH: {len(index['films'])} of the dataset's 599 files; {len(parts['train'])} training windows (people "
+             f"1-15), {len(parts['valid'])} for validation (person 16), {len(parts['test'])} for the test (17-25)"]
     if skipped:
         notes.append(f"KTH: {len(skipped)} files skipped: {', '.join(skipped)}")
     if short:
         notes.append(f"KTH: {len(short)} files shorter than their ranges: {', '.join(short)}")
-    return Windows("kth", frames, starts, frames_in, horizon, test_horizon, notes=notes,
+    return Windows("kth", frames, parts, frames_in, horizon, test_horizon, notes=notes,
                    test_set=f"people 17-25, {', '.join(actions)}, {frames_in} -> {test_horizon}")
 
 
 def _kth_ranges(path):
     """{film: [(first, last), …]}, counted from 1, from the dataset's 00sequences.txt."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        raise DataError(f"{path} is missing: get it from www.csc.kth.se/cvap/actions/00sequences.txt") from None
     ranges = {}
-    for name, line in re.findall(r"(person\d\d_[a-z]+_d\d)\s+frames\s+([-\d, \t]+)", text):
-        ranges[name] = [(int(first), int(last)) for first, last in re.findall(r"(\d+)-(\d+)", line)]
-    if not ranges:
-        raise DataError(f"{path} has no line such as 'person01_boxing_d1 frames 1-95, 96-185': get it again from "
-                        f"www.csc.kth.se/cvap/actions/00sequences.txt")
+    with reading(path, "get it from www.csc.kth.se/cvap/actions/00sequences.txt") as file:
+        text = file.read(1 << 20).decode(errors="replace")
+        for name, line in re.findall(r"(person\d\d_[a-z]+_d\d)\s+frames\s+([-\d, \t]+)", text):
+            ranges[name] = [(int(first), int(last)) for first, last in re.findall(r"(\d+)-(\d+)", line)]
+            if not ranges[name] or not all(0 < first <= KTH_MAX_FRAMES for first, _ in ranges[name]):
+                raise ValueError(f"{name} has no frame ranges such as 1-95, 96-185")
+        if not ranges:
+            raise ValueError("it has no line such as 'person01_boxing_d1 frames 1-95, 96-185'")
     return ranges
 
 
@@ -1509,29 +1582,29 @@ def _unpack_kth(writer, files):
     if not shutil.which("ffmpeg"):
         raise DataError("KTH's films are read through the program ffmpeg, which is not installed: apt install ffmpeg, "
                         "or see ffmpeg.org")
-    films, skipped = [], []
+    films, skipped = {}, []
     for path in progress(files, desc="unpacking KTH", unit="film"):
         name = re.fullmatch(r"(person\d\d_[a-z]+_d\d).*\.avi", path.name)
-        frames = _film(path) if name else None
+        frames = _film(path) if name and name[1] not in films else None
         if frames is None:
             skipped.append(path.name)
         else:
-            films.append([name[1], writer.count, len(frames)])
+            films[name[1]] = [name[1], writer.count, len(frames)]
             writer.add(frames)
     if not films:
         raise DataError(f"{files[0].parent.parent}: ffmpeg reads none of the {len(files)} .avi files, such as "
                         f"{files[0].name}")
-    return {"films": films, "skipped": skipped}
+    return {"films": [*films.values()], "skipped": skipped}
 
 
 def _film(path):
     """The frames of a film, uint8 (N, 1, 128, 128), or None if ffmpeg cannot read it."""
-    done = subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-i", str(path), "-frames:v",
-                           str(KTH_MAX_FRAMES), "-vf", "scale=128:128:flags=bicubic+accurate_rnd+bitexact", "-pix_fmt",
-                           "gray", "-f", "rawvideo", "-"], stdin=subprocess.DEVNULL, capture_output=True)
-    if done.returncode or not done.stdout or len(done.stdout) % 128**2:
-        return None
-    return np.frombuffer(done.stdout, np.uint8).reshape(-1, 1, 128, 128)
+    with contextlib.suppress(DataError), reading(path):
+        done = subprocess.run(["ffmpeg", "-nostdin", "-v", "error", "-f", "avi", "-i", f"file:{path}", "-frames:v",
+                               str(KTH_MAX_FRAMES), "-vf", "scale=128:128:flags=bicubic+accurate_rnd+bitexact", "-f",
+                               "rawvideo", "-pix_fmt", "gray", "-"], stdin=subprocess.DEVNULL, capture_output=True)
+        if not done.returncode and done.stdout:
+            return np.frombuffer(done.stdout, np.uint8).reshape(-1, 1, 128, 128)
 
 
 # -------------------------------------------------------------------------------------------------------------- Germany
@@ -1554,18 +1627,23 @@ class RainScale:
         return rain * (pixels > 0)
 
 
+RADOLAN_FILE = r"raa01-.*---bin(\.gz|\.bz2)?"
+RADOLAN_ARCHIVE = r".*\.(tar|tar\.gz|tgz|tar\.bz2)"
+RADOLAN_BYTES = 2 * 1100 * 900 + 10_000    # of the largest composite, with its header
+
+
 def open_germany(folder, setup="patch4", frames_in=None, horizon=None):
     """Rain over Germany, 900×900 averaged to 180×180, mm/h, every 30 minutes, 4 -> 4; 2006-2014 train, 2015-2017 test.
 
-    From RADOLAN RY composites or RYDL.hdf5. Windows every 4 frames in training, every 8 in the test; those that touch a
-    missing composite are left out and counted. Frames lie with the north up.
+    From RYDL.hdf5, which is the paper's, or from RADOLAN's composites RY or YW; YW is adjusted to rain gauges, RY is
+    not. Windows every 4 frames in training, every 8 in the test; those that touch a missing composite are left out and
+    counted. Frames lie with the north up.
     """
     frames_in, horizon = frames_in or 4, horizon or 4
-    length = frames_in + horizon
-    packed = folder / "RYDL.hdf5"
-    sources = [packed] if packed.exists() else sorted(path for path in folder.glob("*") if _is_composite(path.name)
-                                                      or path.name.endswith(TAR))
-    read = _rydl if packed.exists() else _composites
+    length, others = frames_in + horizon, []
+    packed = (folder / "RYDL.hdf5").exists()
+    names = _listed(folder, r"RYDL\.hdf5" if packed else f"{RADOLAN_FILE}|{RADOLAN_ARCHIVE}", others)
+    sources, read = [folder / name for name in names], _rydl if packed else _composites
     found = unpack_once(folder, sources, "<f4", (1, 180, 180), lambda writer: _unpack_germany(writer, read, sources))
     if not found:
         raise _nothing_to_read("germany", folder)
@@ -1579,11 +1657,13 @@ def open_germany(folder, setup="patch4", frames_in=None, horizon=None):
         first, stop = np.searchsorted(times, [first, stop])
         starts[part], left_out[part] = _whole_windows(times[first:stop] // 30, length, stride)
         starts[part] += first
-    starts["train"], starts["valid"] = hold_out(starts["train"], max(1, len(starts["train"]) // VALID_PART), length)
-    _need_windows("germany", starts, length, ": 2006-2014 is for training and validation, 2015-2017 for the test")
-    notes = [f"Germany: {len(frames)} frames 30 minutes apart from {index['composites']} composites; windows left out "
-             f"for a missing composite: {left_out['train']} in training, {left_out['test']} in the test"]
-    return Windows("germany", frames, starts, frames_in, horizon, scale=RainScale(), order=order, unit="mm/h",
+    parts = _parts("germany", starts["train"], starts["test"], length,
+                   ": 2006-2014 is for training and validation, 2015-2017 for the test")
+    notes = [f"Germany: {len(frames)} frames 30 minutes apart from {index['composites']} composites, of which "
+             f"{index['repeated']} repeat a time; windows left out for a missing composite: {left_out['train']} in "
+             f"training, {left_out['test']} in the test"]
+    notes += _not_read("Germany", others, f" in {folder}") + _not_read("Germany", index["unread"], " in archives")
+    return Windows("germany", frames, parts, frames_in, horizon, scale=RainScale(), order=order, unit="mm/h",
                    thresholds=(0.5, 2, 5), masked=True, notes=notes, test_set="2015-2017")
 
 
@@ -1606,78 +1686,89 @@ def _whole_windows(slots, length, stride):
 
 
 def _unpack_germany(writer, read, sources):
-    """Append the composites that lie a multiple of 30 minutes from the first, as mm/h. The index: their `times`."""
-    phase = None
-    while True:
-        times, earliest, composites = set(), None, 0
-        kept = []
-        for minute, values in read(sources):
+    """Append the composites that lie a multiple of 30 minutes from the first, as mm/h.
+
+    The index: `times` of the frames, how many `composites` there were, how many `repeated`, and names `unread`.
+    """
+    phase, earliest = None, None
+    while phase is None or earliest % 30 != phase:    # not in the order of time: once more, with the phase of the first
+        phase = None if earliest is None else earliest % 30
+        writer.restart()
+        kept, seen, composites, unread = [], set(), 0, []
+        for minute, values in read(sources, unread):
             phase = minute % 30 if phase is None else phase
             earliest = minute if earliest is None else min(earliest, minute)
             composites += 1
-            if minute % 30 == phase and minute not in times:
-                times.add(minute)
-                kept.append(minute)
+            if minute % 30 == phase and minute not in seen:
                 writer.add(_mm_per_hour(values())[None, None])
+                kept.append(minute)
+            seen.add(minute)
         if earliest is None:
             raise DataError(f"{sources[0]} holds no composite")
-        if earliest % 30 == phase:
-            return {"times": kept, "composites": composites}
-        phase = earliest % 30    # files that are not in the order of time: once more, with the phase of the first
-        writer.restart()
+    return {"times": kept, "composites": composites, "repeated": composites - len(seen), "unread": unread}
 
 
 def _mm_per_hour(values):
     """mm per 5 minutes (900, 900), NaN for no data -> the mean of 5×5 pixels in mm/h, over those that have data."""
-    blocks = 12 * values.reshape(180, 5, 180, 5).astype(np.float64)
-    known = np.isfinite(blocks)
-    counts = known.sum((1, 3))
-    total = np.where(known, blocks, 0).sum((1, 3))
-    return np.where(counts > 0, total / np.maximum(counts, 1), np.nan).astype(np.float32)
+    return 12 * _block_means(values, 180)
 
 
-TAR = (".tar.gz", ".tgz")
-COMPOSITE_BYTES = 2 * 900 * 900
+def _block_means(values, side):
+    """The means of equal blocks, side × side of them, over the pixels that are not NaN: float32; NaN where all are."""
+    pool = torch.nn.AdaptiveAvgPool2d(side)
+    values = torch.from_numpy(values.astype(np.float64))[None]
+    known = values.isfinite()
+    return (pool(values.where(known, 0)) / pool(known.double()))[0].float().numpy()    # 0 / 0 is NaN
 
 
-def _is_composite(name):
-    return re.fullmatch(r"raa01-.*---bin(\.gz)?", name) is not None
-
-
-def _composites(sources):
-    """(time, function that gives the values) of every composite in files and archives, one after the other."""
+def _composites(sources, unread):
+    """(minutes, function that gives mm per 5 minutes) of every composite in files and archives, one after the other."""
     total = sum(path.stat().st_size for path in sources)
     with progress(total=total, unit="B", unit_scale=True, desc="unpacking RADOLAN") as bar:
         for path in sources:
             before = bar.n
-            try:
-                if path.name.endswith(TAR):
-                    with open(path, "rb") as raw, gzip.open(raw) as unzipped, \
-                            tarfile.open(fileobj=unzipped, mode="r|") as archive:
-                        for member in archive:
-                            name = member.name.rsplit("/", 1)[-1]
-                            if member.isfile() and _is_composite(name):
-                                with archive.extractfile(member) as file:
-                                    yield _composite(file, name, f"{path} ({name})")
-                            bar.update(before + raw.tell() - bar.n)
-                        while unzipped.read(1 << 20):    # to its end, where gzip tells whether the file is whole
-                            pass
-                else:
-                    with open(path, "rb") as file:
-                        yield _composite(file, path.name, path)
-                    bar.update(path.stat().st_size)
-            except READ_ERRORS + (tarfile.TarError,) as error:
-                raise _cannot_read(path, error) from None
+            with reading(path) as file:
+                for name, content in _radolan(file, path.name, unread):
+                    yield _composite(content, path if name == path.name else f"{path} ({name})")
+                    bar.update(before + file.tell() - bar.n)
 
 
-def _composite(file, name, label):
-    """(minutes, function that gives mm per 5 minutes, float32 (900, 900), north first) of one open RADOLAN file.
+def _radolan(file, name, unread):
+    """(name, content) of the composites in an open file: itself, or those of an archive, and of the archives in it.
+
+    No more is unpacked than the largest composite has. unread: takes the names of what is neither.
+    """
+    if name.endswith(("gz", "bz2")):
+        file = gzip.GzipFile(fileobj=file) if name.endswith("gz") else bz2.BZ2File(file)
+    if re.fullmatch(RADOLAN_FILE, name):
+        yield name, file.read(RADOLAN_BYTES)
+        return
+    with tarfile.open(fileobj=file, mode="r|") as archive:
+        for member in archive:
+            inner = member.name.rsplit("/", 1)[-1]
+            if not member.isfile() or inner.startswith("."):
+                continue
+            if re.fullmatch(f"{RADOLAN_FILE}|{RADOLAN_ARCHIVE}", inner):
+                yield from _radolan(archive.extractfile(member), inner, unread)
+            else:
+                unread.append(inner)
+    while file.read(1 << 20):    # to its end, where gzip tells whether the file is whole
+        pass
+
+
+def _composite(content, label):
+    """(minutes, function that gives mm per 5 minutes, float64 (900, 900), north first) of a RADOLAN composite.
 
     A text header up to the byte 0x03, then little-endian uint16: the low 12 bits the value; 0x1000 a secondary value,
-    which counts; 0x2000 no data; 0x4000 negative; 0x8000 clutter, as 0. The first row is the south.
+    which counts; 0x2000 no data; 0x4000 negative; 0x8000 clutter. The first row is the south.
+
+    YW's grid of 1100×900 begins 100 km further south and 80 km further east than RY's (wradlib, get_radolan_grid): it
+    is cut to RY's, the paper's, whose 80 columns in the west then have no data.
+
+    Clutter is 0 mm, as in the paper's data: RYDL.hdf5 holds plain numbers, of which the code of both its authors
+    (RainNet) and the paper takes logarithms without a mask, so whatever RADOLAN flags must be dry there. RY is cleaned
+    of clutter before: of those seen here none has a pixel with that flag.
     """
-    with gzip.open(file) if name.endswith(".gz") else contextlib.nullcontext(file) as source:
-        content = source.read(COMPOSITE_BYTES + 10_000)
     header, mark, body = content.partition(b"\x03")
     text = header[:1000].decode("latin-1")
     match = re.match(r"(\w\w)(\d{6})\d{5}(\d{4})BY", text)
@@ -1686,12 +1777,12 @@ def _composite(file, name, label):
     if not (mark and match and all(fields.values())):
         raise DataError(f"{label} has no RADOLAN header")
     grid = tuple(map(int, fields["GP"].groups()))
-    found = (match[1], fields["PR"][1], int(fields["INT"][1]), grid)
-    if found != ("RY", "E-02", 5, (900, 900)):
-        raise DataError(f"{label} is not a 5-minute RY composite of 900 x 900 in 0.01 mm, but {found[0]}, {found[1]}, "
-                        f"{found[2]} minutes, {grid[0]} x {grid[1]}")
-    if len(body) != COMPOSITE_BYTES:
-        raise DataError(f"{label} has {len(body)} bytes of data, not {COMPOSITE_BYTES}")
+    if (match[1] not in ("RY", "YW") or (fields["PR"][1], int(fields["INT"][1])) != ("E-02", 5)
+            or grid not in ((900, 900), (1100, 900))):
+        raise DataError(f"{label} is not a 5-minute RY or YW composite of 900 x 900 or 1100 x 900 in 0.01 mm, but "
+                        f"{match[1]}, {fields['PR'][1]}, {int(fields['INT'][1])} minutes, {grid[0]} x {grid[1]}")
+    if len(body) != 2 * grid[0] * grid[1]:
+        raise DataError(f"{label} has {len(body)} bytes of data, not {2 * grid[0] * grid[1]}")
     day, month = match[2], match[3]
     try:
         time = _minutes(datetime.strptime(month[2:] + month[:2] + day, "%y%m%d%H%M"))
@@ -1699,49 +1790,46 @@ def _composite(file, name, label):
         raise DataError(f"{label} has no date in its header, but {day} {month}") from None
 
     def values():
-        raw = np.frombuffer(body, "<u2").reshape(900, 900)[::-1]
-        rain = (raw & 0x0FFF) * np.float32(0.01)
+        raw = np.frombuffer(body, "<u2").reshape(grid)
+        if grid == (1100, 900):
+            raw = np.pad(raw[100:1000, :820], ((0, 0), (80, 0)), constant_values=0x2000)
+        rain = (raw & 0x0FFF) / 100
         rain[raw & 0x4000 != 0] *= -1
         rain[raw & 0x8000 != 0] = 0
         rain[raw & 0x2000 != 0] = np.nan
-        return rain
+        return rain[::-1]
 
     return time, values
 
 
-def _rydl(sources):
-    """(time, function that gives the values) of every array in RYDL.hdf5, in the order of time.
+def _rydl(sources, unread):
+    """(minutes, function that gives mm per 5 minutes) of every array in RYDL.hdf5, in the order of time.
 
-    Decided here: its arrays hold mm per 5 minutes as floats, the south first as in the composites they were made from,
-    and NaN or a negative number for no data.
+    Decided here: its arrays hold mm per 5 minutes as floats, the south first as in the composites they were made from;
+    a NaN or a negative number would be no data, but its code of reference expects none.
     """
     path, = sources
-    h5py = _h5py(path)
-    try:
-        with h5py.File(path, "r") as file:
-            keys = sorted(key for key in file if re.fullmatch(r"\d{12}", key))
-            if not keys:
-                raise DataError(f"{path} has no key such as 201406010000 (YYYYMMDDhhmm)")
-            for key in progress(keys, desc="unpacking RYDL"):
-                array = file[key]
-                if getattr(array, "shape", None) != (900, 900) or array.dtype.kind != "f":
-                    raise DataError(f"{path}: {key} is not a 900 x 900 array of floats")
+    with _hdf5(path) as (file, dataset):
+        keys = sorted(key for key in file if re.fullmatch(r"\d{12}", key))
+        unread += [key for key in file if not re.fullmatch(r"\d{12}", key)][:1000]
+        if not keys:
+            raise ValueError("it has no key such as 201406010000 (YYYYMMDDhhmm)")
+        for key in progress(keys, desc="unpacking RYDL"):
+            array = dataset(key)
+            if array.shape != (900, 900) or array.dtype.kind != "f":
+                raise ValueError(f"its {key} is not a 900 x 900 array of floats")
 
-                def values(array=array):
-                    try:
-                        rain = array[:][::-1].astype(np.float32)
-                    except READ_ERRORS as error:
-                        raise _cannot_read(path, error) from None
-                    return np.where(np.isfinite(rain) & (rain >= 0), rain, np.nan)
+            def values(array=array):
+                with reading(path):
+                    rain = array[:][::-1].astype(np.float32)
+                return np.where(np.isfinite(rain) & (rain >= 0), rain, np.nan)
 
-                yield _minutes(datetime.strptime(key, "%Y%m%d%H%M")), values
-    except READ_ERRORS + (KeyError,) as error:
-        raise _cannot_read(path, error) from None
+            yield _minutes(datetime.strptime(key, "%Y%m%d%H%M")), values
 
 
 # -------------------------------------------------------------------------------------------------------------- Typhoon
 
-HIMAWARI = re.compile(r"(\d{12})\.tir\.01\.fld\.geoss(\.bz2)?")
+HIMAWARI = r"\d{10}00\.tir\.01\.fld\.geoss(\.bz2)?"    # hourly
 HIMAWARI_SIDE = 6_000    # pixels of 0.02 degrees: 60°N to 60°S, 85°E to 205°E
 
 
@@ -1752,34 +1840,34 @@ def open_typhoon(folder, setup="patch4", frames_in=None, horizon=None, box=None)
     period (2,412 windows are a hundred days of hourly ones); counts are scaled by the training side's range.
     """
     frames_in, horizon = frames_in or 8, horizon or 4
-    length = frames_in + horizon
+    length, others = frames_in + horizon, []
     if box is None:
         raise DataError("typhoon needs --box SOUTH WEST NORTH EAST, the region in degrees, such as --box 5 110 45 150: "
                         "the paper does not give its own")
     rows, columns = _box(box)
     region = f"box {' '.join(f'{side:g}' for side in box)}"
-    named = [(HIMAWARI.fullmatch(path.name), path) for path in sorted(folder.glob("*"))]
-    files = {match[1]: path for match, path in named if match and match[1].endswith("00")}    # the hourly ones
-    sources = list(files.values())
-    found = unpack_once(folder, sources, "<f4", (1, 64, 64),
+    names = _listed(folder, HIMAWARI, others)
+    files = {name[:12]: folder / name for name in names}
+    others += [name for name in names if files[name[:12]].name != name]
+    found = unpack_once(folder, [*files.values()], "<f4", (1, 64, 64),
                         lambda writer: _unpack_typhoon(writer, files, rows, columns), region)
     if not found:
         raise _nothing_to_read("typhoon", folder)
     frames, index = found
     hours = np.array(index["hours"])
     gaps = np.flatnonzero(np.diff(hours) != 1) + 1
-    starts = np.concatenate([_windows(first, stop, length) for first, stop in
-                             zip([0, *gaps], [*gaps, len(hours)])]).astype(np.int64)
+    starts = _starts(zip([0, *gaps], [*gaps, len(hours)]), length)
     if len(starts) < 4:
         raise DataError(f"typhoon: {len(starts)} windows of {length} consecutive hours, too few for training and test")
-    side, test = hold_out(starts, len(starts) // 4, length)
-    train, valid = hold_out(side, max(1, len(side) // VALID_PART), length)
-    parts = {"train": train, "valid": valid, "test": test}
-    _need_windows("typhoon", parts, length, ", when none may share frames")
-    scale, notes = _scale_of_training("typhoon", frames, test[0])
-    notes += [f"Typhoon: {len(hours)} hours, {len(gaps)} gaps; {len(train)} training, {len(valid)} validation, "
-              f"{len(test)} test windows (the paper: 1,809 training, 603 test)"]
-    return Windows("typhoon", frames, parts, frames_in, horizon, scale=scale, notes=notes,
+    parts = _parts("typhoon", *hold_out(starts, len(starts) // 4, length), length, ", when none may share frames")
+    scale, notes = _scale_of_training("typhoon", frames, parts["test"][0])
+    train, valid, test = map(len, parts.values())
+    notes += [f"Typhoon: {len(hours)} hours, {len(gaps)} gaps; {train} training, {valid} validation, {test} test "
+              f"windows (the paper: 1,809 training, 603 test)"]
+    if index["empty"]:
+        notes.append(f"Typhoon: {index['empty']} hours have no data in the region and count as missing")
+    notes += _not_read("Typhoon", others, f" in {folder}")
+    return Windows("typhoon", frames, parts, frames_in, horizon, scale=scale, masked=index["missing"] > 0, notes=notes,
                    test_set=f"the last quarter, {region}")
 
 
@@ -1798,26 +1886,31 @@ def _box(box):
 
 
 def _unpack_typhoon(writer, files, rows, columns):
-    """Append the region of every file, {YYYYMMDDhhmm: path}, averaged to 64×64. The index: `hours` since 1970."""
-    size, hours = 2 * HIMAWARI_SIDE**2, []
+    """Append the region of every file, {YYYYMMDDhhmm: path}, averaged to 64×64 over the pixels that have data.
+
+    Counts have 12 bits; 65534 and 65535 are no measurements, and no calibration table goes beyond 4095. The index:
+    `hours` since 1970 of the frames, `empty` the number of those without any data, `missing` of pixels without.
+    """
+    size, hours, empty, missing = 2 * HIMAWARI_SIDE**2, [], 0, 0
     for hour, path in progress(files.items(), desc="unpacking Typhoon", unit="hour"):
-        try:
-            with (bz2.open if path.suffix == ".bz2" else open)(path, "rb") as file:
-                if path.suffix == ".bz2":
-                    content = file.read(size + 1)    # what is longer, is wrong, however long
-                    found = len(content)
-                else:
-                    content, found = np.memmap(file, np.uint8, "r"), path.stat().st_size
-            hours.append(_minutes(datetime.strptime(hour, "%Y%m%d%H%M")) // 60)
-        except READ_ERRORS as error:
-            raise _cannot_read(path, error) from None
-        if found != size:
-            raise DataError(f"{path} has {'more' if found > size else 'fewer'} than the {size} bytes of 6000 x 6000 "
-                            f"counts")
-        grid = np.frombuffer(content, ">u2").reshape(HIMAWARI_SIDE, HIMAWARI_SIDE)
-        region = torch.from_numpy(grid[rows, columns].astype(np.float64))
-        writer.add(torch.nn.functional.adaptive_avg_pool2d(region[None], 64).numpy()[None])
-    return {"hours": hours}
+        with reading(path) as file:
+            if path.suffix == ".bz2":
+                content = bz2.BZ2File(file).read(size + 1)    # what is longer, is wrong, however long
+            else:
+                content = np.memmap(file, np.uint8, "r")
+            if len(content) != size:
+                raise ValueError(f"it has {'more' if len(content) > size else 'fewer'} than the {size} bytes of 6000 x "
+                                 f"6000 counts")
+            grid = np.frombuffer(content, ">u2").reshape(HIMAWARI_SIDE, HIMAWARI_SIDE)[rows, columns]
+            frame = _block_means(np.where(grid < 4096, grid, np.nan), 64)
+            time = _minutes(datetime.strptime(hour, "%Y%m%d%H%M")) // 60
+        if np.isnan(frame).all():
+            empty += 1
+        else:
+            missing += int(np.isnan(frame).sum())
+            hours.append(time)
+            writer.add(frame[None, None])
+    return {"hours": hours, "empty": empty, "missing": missing}
 
 
 # -------------------------------------------------------------------------------------------------------------- opening

@@ -1,5 +1,6 @@
 """data.py: draws, Moving MNIST and moving digits against slow, literal versions, and MNIST's files."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -8,6 +9,7 @@ import math
 import os
 import shutil
 import socket
+import socketserver
 import threading
 import time
 import tracemalloc
@@ -91,7 +93,7 @@ def test_fullres_starts_where_it_starts_and_passes_the_edge_by_two():
     _, corners = data.trajectories(raw_for(start=(0, 0), direction=2**31), "fullres", 5, 10)   # 2 pixels a frame
     assert corners[0, :, 0, 1].tolist() == [0, -2, 0, 2, 4]
     _, corners = data.trajectories(data.draws(data.TRAIN, 0, 0, 2000, 10), "fullres", 20, 10)
-    assert corners.min() == -2 and corners.max() == 38
+    assert corners.min() == -1 and corners.max() == 37       # from -1.99 to 37.99, toward zero
 
 
 def test_fullres_speeds_are_whole_numbers_from_two_to_six():
@@ -118,7 +120,7 @@ def literal_sequence(digits, raw, setup, frames):
                     if not 0 <= position[axis] <= 36 * 2**24:
                         position[axis] = min(max(position[axis], 0), 36 * 2**24)
                         velocity[axis] = -velocity[axis]
-            corner = [math.floor(p / 2**24 + (0.5 if setup == "fullres" else 0)) for p in position]
+            corner = [int(p / 2**24) for p in position]    # toward zero
             for row in range(28):
                 for column in range(28):
                     y, x, level = corner[0] + row, corner[1] + column, int(digit[row][column])
@@ -242,10 +244,10 @@ def checksum(clips, start, stop):
     return total.hexdigest()[:16]
 
 
-TRAJECTORIES = {"patch4": "42c33662aecd75ab", "fullres": "3594055a7ba55b80"}
-FIRST_HUNDRED = {("moving_digits", "patch4"): "f5233bf096a1485b", ("moving_digits", "fullres"): "833ce63eb0fb0340",
-                 ("moving_mnist", "patch4"): "832982afc1016583", ("moving_mnist", "fullres"): "b22bc3da40ba6dad"}
-ALL = {"patch4": "1f4a456fc8cce399", "fullres": "33864c6db23dfbcc"}
+TRAJECTORIES = {"patch4": "42c33662aecd75ab", "fullres": "62f38d190d7b4978"}
+FIRST_HUNDRED = {("moving_digits", "patch4"): "f5233bf096a1485b", ("moving_digits", "fullres"): "fc3f295a329bc751",
+                 ("moving_mnist", "patch4"): "832982afc1016583", ("moving_mnist", "fullres"): "3852434dfa9f0d4f"}
+ALL = {"patch4": "1f4a456fc8cce399", "fullres": "d9fce617f694fe6a"}
 
 
 @pytest.mark.parametrize("setup", SETUPS)
@@ -359,6 +361,52 @@ def test_missing_files_are_downloaded_from_the_first_mirror_that_has_them(real_m
     assert len(mirror.asked) == 2
 
 
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n500\r\ncut off",
+                                    b"no HTTP at all\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+                                    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\ncut off", b"",
+                                    b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", b"HTTP/1.1 404 None\r\n\r\n",
+                                    b"HTTP/1.1 200 OK\r\n\r\n" + b"endless" * 2_000_000, "drips", "drips headers"])
+def test_after_a_broken_answer_the_second_mirror_is_asked(real_mnist, tmp_path, monkeypatch, answer):
+    whole = (real_mnist / f"{T10K}.gz").read_bytes()
+    answers = [answer, b"HTTP/1.1 200 OK\r\n\r\n" + whole]
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            self.rfile.readline()
+            answer = answers.pop(0)
+            with contextlib.suppress(OSError):
+                if isinstance(answer, bytes):
+                    self.wfile.write(answer)
+                    return
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"" if answer == "drips headers" else b"\r\n"))
+                while not done.wait(0.1):
+                    self.wfile.write(b"a")
+
+    done = threading.Event()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = "http://127.0.0.1:%d/" % server.server_address[1]
+        monkeypatch.setattr(data, "MNIST_MIRRORS", (url, url))
+        monkeypatch.setattr(data, "DOWNLOAD", 2 if isinstance(answer, str) else 30)
+        assert (data.mnist_digits(tmp_path, T10K) == data.mnist_digits(real_mnist, T10K)).all()
+        done.set()
+        server.shutdown()
+    assert os.listdir(tmp_path) == [f"{T10K}.gz"]
+
+
+def test_a_full_disk_is_not_the_mirror_s_fault(real_mnist, tmp_path, mirror, monkeypatch):
+    whole = (real_mnist / f"{T10K}.gz").read_bytes()
+    mirror.answers += [(len(whole), whole)] * 2
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: .*{T10K}.gz"):
+        data.mnist_digits(tmp_path, T10K)
+    assert os.listdir(tmp_path) == [] and len(mirror.asked) == 1
+
+
 def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(tmp_path, mirror):
     mirror.answers += [(10**6, b"cut off"), (5, b"<htm>")]
     with pytest.raises(data.DataError) as error:
@@ -423,7 +471,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("bad\n  value"), KeyError("key"), MemoryError(), RecursionError("deep"),
-                                   zipfile.BadZipFile("no zip"), lzma.LZMAError("bad"), OSError(5, "Input/output error"),
+                                   zipfile.BadZipFile("no zip"), lzma.LZMAError("bad"), OSError(5, "Input/output"),
                                    AttributeError("x"), IndexError(), RuntimeError("a" * 5000)])
 def test_whatever_a_reader_raises_is_one_line_with_the_way_out(tmp_path, error):
     path = tmp_path / "a\x1b[2J\udce9\n"

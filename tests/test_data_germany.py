@@ -1,5 +1,6 @@
 """Germany: the real RADOLAN composites against values worked out by hand, archives, RYDL.hdf5, windows, bad files."""
 
+import bz2
 import datetime
 import gzip
 import io
@@ -23,7 +24,8 @@ def composite(time, value, **header):
     fields = {"product": "RY", "PR": "E-02", "INT": "   5", "GP": " 900x 900", **header}
     text = f"{fields['product']}{time:%d%H%M}10000{time:%m%y}BY1620134VS 3SW   2.13.1PR {fields['PR']}"
     text += f"INT{fields['INT']}GP{fields['GP']}MS 62<boo,ros,emd,hnr,umd,pro,ess,asd,neu,nhb,oft,tur,isn,fbg,mem> "
-    return text.encode() + b"\x03" + np.broadcast_to(np.asarray(value, "<u2"), (900, 900)).tobytes()
+    grid = (1100, 900) if fields["GP"] == "1100x 900" and fields["product"] == "YW" else (900, 900)
+    return text.encode() + b"\x03" + np.broadcast_to(np.asarray(value, "<u2"), grid).tobytes()
 
 
 def name(time):
@@ -65,7 +67,7 @@ def opened(folder, **options):
 # ---------------------------------------------------------------------------------------------------------- composites
 
 def read(path):
-    (time, values), = data._composites([path])
+    (time, values), = data._composites([path], [])
     return time, values()
 
 
@@ -74,7 +76,7 @@ def test_the_real_composite_holds_what_was_worked_out_by_hand(real_radolan):
     assert datetime.datetime(1970, 1, 1) + datetime.timedelta(minutes=time) == datetime.datetime(2014, 8, 10, 20, 50)
     assert np.isnan(values).sum() == 202_093 and (values > 0).sum() == 129_382
     assert np.nansum(values.astype(np.float64)) == pytest.approx(44_919.78, abs=0.01)
-    assert values[899 - 62, 288] == np.nanmax(values) == np.float32(10.79)      # the file's row 62 from the south
+    assert values[899 - 62, 288] == np.nanmax(values) == 10.79      # the file's row 62 from the south
     rain = data._mm_per_hour(values)
     assert rain[179 - 12, 57] == pytest.approx(9883 * 0.01 * 12 / 25)      # the 25 values of that block add up to 98.83
     with gzip.open(real_radolan / RY) as file:
@@ -94,14 +96,85 @@ def test_flags(tmp_path):
     assert np.isnan(values).sum() == 1
 
 
+def test_a_yw_composite_lies_where_ry_does(tmp_path):
+    """Its corner is at (-443.4622, -4758.645) km of the projection, RY's at (-523.4622, -4658.645), both of 1 km."""
+    raw = np.arange(1100 * 900).reshape(1100, 900) % 4096
+    path = tmp_path / f"raa01-yw2017.002_10000-{OLD:%y%m%d%H%M}-dwd---bin"
+    path.write_bytes(composite(OLD, raw, product="YW", INT="   5U0", GP="1100x 900"))
+    _, values = read(path)
+    assert values.shape == (900, 900) and np.isnan(values[:, :80]).all() and not np.isnan(values[:, 80:]).any()
+    for north, east in ((-4658, -443), (-4000, 0), (-3760, 376)):                # kilometres; the pixels they lie in
+        x, y = east + 523, north + 4658
+        assert values[899 - y, x] == raw[north + 4758, east + 443] / 100
+
+
+@pytest.mark.parametrize("form", ["plain", ".gz", ".bz2"])
+def test_composites_plain_and_packed_hold_the_same(tmp_path, form):
+    content = composite(OLD, 7)
+    path = tmp_path / (name(OLD) + form.replace("plain", ""))
+    path.write_bytes(gzip.compress(content) if form == ".gz" else bz2.compress(content) if form == ".bz2" else content)
+    assert (read(path)[1] == 0.07).all()
+
+
+def test_a_month_of_days_as_published(folder):
+    """A .tar of .tar.gz, with what a Mac adds and a file of another kind."""
+    def add(archive, name, content):
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+
+    for start, count in ((OLD, 12), (NEW, 4)):
+        with tarfile.open(folder / f"YW2017.002_{start:%Y%m}.tar", "w") as month:
+            add(month, "._YW2017.002_20140601.tar.gz", b"of a Mac")
+            add(month, "README.txt", b"read me")
+            for day in range(2):
+                packed = io.BytesIO()
+                with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as archive:
+                    for k in range(day * count // 2, (day + 1) * count // 2):
+                        time = later(start, 30 * k)
+                        add(archive, f"raa01-yw2017.002_10000-{time:%y%m%d%H%M}-dwd---bin",
+                            composite(time, time.hour * 60 + time.minute, product="YW", GP="1100x 900"))
+                add(month, f"YW2017.002_{start:%Y%m}{day:02d}.tar.gz", packed.getvalue())
+    (folder / "._YW2017.002_201406.tar").write_bytes(b"of a Mac")
+    (folder / "notes.txt").write_text("mine")
+    clips = opened(folder)
+    units = clips.test_units(0, 1)[0, :, 0].float()
+    assert units[..., :16].isnan().all()
+    assert torch.allclose(units[:, :, 16:], 0.12 * torch.tensor([10., 40, 70, 100])[:, None, None], rtol=1e-4)
+    assert f"Germany: 1 files in {folder} were not read, such as notes.txt" in clips.info()["notes"]
+    assert "Germany: 2 files in archives were not read, such as README.txt" in clips.info()["notes"]
+
+
+def test_a_time_that_is_there_twice_is_read_once_and_said(folder):
+    write_years(folder)
+    count = len(np.load(next((opened(folder), folder.glob("frames-*.npy"))[1])))
+    for k in range(3):
+        time = later(NEW, 30 * k)
+        (folder / name(time)).write_bytes(composite(time, 4000))
+    (folder / f"{name(NEW)}.gz").unlink()
+    clips = opened(folder)
+    assert len(np.load(next(folder.glob("frames-*.npy")))) == count and "2 repeat a time" in clips.info()["notes"][0]
+
+
+def test_blocks(tmp_path):
+    """24 known pixels that add up to 4.00 mm are 2.0 mm/h, exactly; clutter is dry, as in the paper's data."""
+    raw = np.zeros((900, 900), np.uint16)
+    raw[895:, :5] = np.array([17] * 23 + [9, 0x29C4]).reshape(5, 5)[::-1]
+    raw[895:, 5:10] = np.array([100] * 13 + [0x8000 | 500] * 12).reshape(5, 5)
+    (tmp_path / name(OLD)).write_bytes(composite(OLD, raw))
+    rain = data._mm_per_hour(read(tmp_path / name(OLD))[1])
+    assert rain[0, 0] == 2 and rain[0, 1] == np.float32(6.24) and rain.dtype == np.float32
+
+
 def test_another_product_is_refused_by_name(real_radolan, folder):
     content = gzip.decompress((real_radolan / RW).read_bytes())
     (folder / RW).write_bytes((real_radolan / RW).read_bytes())
-    refused(folder, f"{RW} is not a 5-minute RY composite of 900 x 900 in 0.01 mm, but RW, E-01, 60 minutes")
+    refused(folder, f"{RW} is not a 5-minute RY or YW composite of 900 x 900 or 1100 x 900 in 0.01 mm, but RW, E-01, 60 "
+                    f"minutes")
     (folder / RW).unlink()
     path = folder / name(OLD)
-    for header, text in (({"INT": "  60"}, "60 minutes"), ({"GP": "1100x 900"}, "1100 x 900"), ({"PR": "E-01"}, "E-01"),
-                         ({"product": "YW"}, "YW")):
+    for header, text in (({"INT": "  60"}, "60 minutes"), ({"GP": "1100x 901"}, "1100 x 901"), ({"PR": "E-01"}, "E-01"),
+                         ({"product": "RX"}, "RX"), ({"GP": "1100x 900"}, "1620000 bytes of data, not 1980000")):
         path.write_bytes(composite(OLD, 0, **header))
         refused(folder, text)
     assert content[:2] == b"RW"
@@ -130,7 +203,7 @@ def test_fuzzed_headers_are_refused_by_name(tmp_path):
         path.write_bytes(bytes(head) + whole[end:])
         try:
             time, values = read(path)
-            assert values.shape == (900, 900) and (values == np.float32(0.07)).all() and isinstance(time, int)
+            assert values.shape == (900, 900) and (values == 0.07).all() and isinstance(time, int)
             accepted += 1
         except data.DataError as error:
             assert name(OLD) in str(error) and "\n" not in str(error) and len(str(error)) < 400
@@ -237,7 +310,7 @@ def test_it_is_unpacked_once_again_if_a_file_joins_and_the_files_may_go(folder):
     clips = opened(folder)
     array, = folder.glob("frames-*.npy")
     stamp = array.stat().st_mtime_ns
-    (folder / ".frames-0.npy.x.tmp").write_bytes(b"of a killed process")
+    (folder / ".frames-0123456789ab.npy.x_345678.tmp").write_bytes(b"of a killed process")
     assert opened(folder).test_count == 2 and array.stat().st_mtime_ns == stamp
     for k in range(12, 20):
         (folder / name(later(NEW, 30 * k))).write_bytes(composite(later(NEW, 30 * k), 1))

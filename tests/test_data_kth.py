@@ -1,5 +1,6 @@
 """KTH from small films made by the real ffmpeg, and 00sequences.txt."""
 
+import os
 import shutil
 import subprocess
 
@@ -130,15 +131,37 @@ def test_a_film_without_frames(folder):
 
 def test_what_is_missing_is_named(folder, monkeypatch):
     (folder / "00sequences.txt").write_text("nothing")
-    with pytest.raises(data.DataError, match="00sequences.txt has no line"):
+    with pytest.raises(data.DataError, match="00sequences.txt cannot be read: it has no line .*; get it from"):
         data.open_data("kth", folder.parent)
     (folder / "00sequences.txt").unlink()
-    with pytest.raises(data.DataError, match="00sequences.txt is missing"):
+    with pytest.raises(data.DataError, match="00sequences.txt cannot be read: No such file or directory; get it from"):
         data.open_data("kth", folder.parent)
     for old in folder.glob("frames-*"):
         old.unlink()
     monkeypatch.setenv("PATH", "")
     refused(folder, "ffmpeg, which is not installed")
+
+
+@pytest.mark.parametrize("line", ["0-95", "", "-", "1 95", f"{'9' * 5000}-{'9' * 5000}", "20000-20100"])
+def test_ranges_that_are_none_are_refused(folder, line):
+    path = folder / "00sequences.txt"
+    path.write_text(path.read_text().replace("1-25, 26-60", line))
+    if line:
+        with pytest.raises(data.DataError, match="00sequences.txt cannot be read: .*; get it from www.csc.kth.se"):
+            data.open_data("kth", folder.parent)
+    else:
+        assert "not in 00sequences.txt" in data.open_data("kth", folder.parent).info()["notes"][1]
+
+
+def test_what_is_hidden_is_passed_over_and_what_is_there_twice_is_skipped(folder):
+    boxing = folder / "boxing"
+    (boxing / "._person01_boxing_d1_uncomp.avi").write_bytes(b"of a Mac")
+    (boxing / "person01_boxing_d1_z.avi").write_bytes((boxing / "person01_boxing_d1_uncomp.avi").read_bytes())
+    os.mkfifo(boxing / "person07_boxing_d1_uncomp.avi")
+    (boxing / "person08_boxing_d1_uncomp.avi").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")    # a list of files
+    notes = data.open_data("kth", folder.parent).info()["notes"]
+    assert notes[1] == ("KTH: 3 files skipped: person01_boxing_d1_z.avi, person07_boxing_d1_uncomp.avi, "
+                        "person08_boxing_d1_uncomp.avi")
 
 
 def test_parts_without_a_window_are_refused(folder):

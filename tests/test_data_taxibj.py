@@ -1,6 +1,7 @@
 """TaxiBJ from files in the true formats: HDF5 with days missing, and dataset.npz."""
 
 import datetime
+import shutil
 import sys
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_dataset_npz(folder):
         path.unlink()
     write_npz(folder / "dataset.npz")
     clips = data.open_data("taxibj", folder.parent)
-    assert (clips.train_count, clips.valid_count, clips.test_count) == (300 - 7 - 15 - 7, 15, 20)
+    assert (clips.train_count, clips.valid_count, clips.test_count) == (300 - 7 - 14 - 7, 14, 20)
     slots = [(clips.to_units(part)[:, :, 1, 5, 5] * 1000).round().long() for part in
              (clips.train(0, 0, clips.train_count), clips.valid(0, 99), clips.test(0, 99))]
     assert all((rows[:, 1:] - rows[:, :-1] == 1).all() for rows in slots)
@@ -160,9 +161,48 @@ def test_bad_files(folder):
     refused(folder, "NaN or infinity")
 
 
+def test_the_same_day_twice_is_refused(folder):
+    """It could be in training and in the test."""
+    path = folder / "BJ16_M32x32_T30_InOut.h5"
+    path.write_bytes((folder / "BJ13_M32x32_T30_InOut.h5").read_bytes())
+    refused(folder, f"{path} cannot be read: it has 2013-07-01, as BJ13_M32x32_T30_InOut.h5 has")
+    write_year(path, [(day(2015, 12, n), ALL) for n in (0, 1, 2, 1)], 0)
+    refused(folder, f"{path} cannot be read: it has 2015-12-02, as BJ16_M32x32_T30_InOut.h5 has")
+
+
+def test_what_lies_outside_the_file_is_not_read(folder, tmp_path):
+    path, other = folder / "BJ15_M32x32_T30_InOut.h5", tmp_path / "other.h5"
+    shutil.move(path, other)
+    (tmp_path / "raw").write_bytes(bytes(480 * 2 * 32 * 32 * 4))
+    layout = h5py.VirtualLayout((384, 2, 32, 32), "<f4")
+    layout[:] = h5py.VirtualSource(str(other), "data", (384, 2, 32, 32))
+    for kind in ("external link", "external storage", "virtual", "soft link"):
+        with h5py.File(other) as whole, h5py.File(path, "w") as file:
+            file["date"] = whole["date"][:]
+            if kind == "external link":
+                file["data"] = h5py.ExternalLink(str(other), "data")
+            elif kind == "external storage":
+                file.create_dataset("data", (384, 2, 32, 32), "<f4", external=str(tmp_path / "raw"))
+            elif kind == "virtual":
+                file.create_virtual_dataset("data", layout)
+            else:
+                file["other"] = h5py.ExternalLink(str(other), "/")
+                file["data"] = h5py.SoftLink("/other/data")
+        refused(folder, f"{path} cannot be read: its data is no dataset that lies in the file itself")
+
+
+def test_a_file_that_declares_more_than_it_holds(folder):
+    path = folder / "BJ15_M32x32_T30_InOut.h5"
+    for count in (10**6, 10**12):
+        with h5py.File(path, "w") as file:
+            file.create_dataset("data", (count, 2, 32, 32), "<f4", chunks=(1, 2, 32, 32))
+            file.create_dataset("date", (count,), "S10", chunks=(100,))
+        refused(folder, "BJ15_M32x32_T30_InOut.h5 cannot be read")
+
+
 def test_too_little_is_refused(folder):
-    for path in folder.glob("*.h5"):
-        write_year(path, [(day(2015, 3, n), ALL) for n in range(5)], 0)
+    for month, path in enumerate(folder.glob("*.h5"), 1):
+        write_year(path, [(day(2015, month, n), ALL) for n in range(5)], 0)
     with pytest.raises(data.DataError, match="none is left for training"):
         data.open_data("taxibj", folder.parent)
 
@@ -182,6 +222,13 @@ def test_a_bad_npz(folder):
     refused(folder, "Y_train")
     write_npz(path)
     path.write_bytes(path.read_bytes()[:10**6])
+    refused(folder, "dataset.npz cannot be read")
+    write_npz(path)
+    content = path.read_bytes()
+    for shape in (b"(999, 4, 2, 32, 32)", b"(30, 4, 2, 32, 32) "):
+        path.write_bytes(content.replace(b"(300, 4, 2, 32, 32)", shape))
+        refused(folder, "dataset.npz cannot be read")
+    path.write_bytes(content[:200_000] + b"\xff" + content[200_001:])
     refused(folder, "dataset.npz cannot be read")
 
 

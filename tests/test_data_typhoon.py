@@ -75,6 +75,32 @@ def test_windows_parts_and_scale(folder):
     assert train == [*([k, k + 1, k + 2, k + 3] for k in range(1, 6)), [100, 1, 2, 3]]        # hour 0 reads as 100
 
 
+def test_counts_beyond_twelve_bits_are_no_data(folder):
+    """They leave the scale as it is; a block's mean is that of its known pixels; where none are known is a gap."""
+    for hour, count in ((2, 65_535), (3, 65_534), (4, 4_096), (5, 65_535)):
+        with open(folder / name(hour), "r+b") as file:
+            for row in range(2340, 2500 if hour == 5 else 2343):    # 2.5 rows make one of the 64
+                file.seek(2 * (6000 * row + 1750))
+                file.write(np.full(160, count, ">u2").tobytes())
+    clips = opened(folder)
+    assert clips.info()["scale"] == [1010, 2001] and clips.masked and "2 gaps" in " ".join(clips.info()["notes"])
+    assert "1 hours have no data" in " ".join(clips.info()["notes"])
+    frames = np.load(next(folder.glob("frames-*.npy")))[:, 0]
+    assert len(frames) == len(HOURS) - 1
+    for hour in (2, 3, 4):
+        assert np.isnan(frames[hour, 0]).all() and (frames[hour, 1:32] == 1001 + 10 * hour).all()
+    assert not np.isnan(frames[[0, 1, *range(5, len(frames))]]).any()
+
+
+def test_what_is_not_read_is_counted_and_what_is_hidden_is_not(folder):
+    (folder / f"._{name(2)}").write_bytes(b"of a Mac")
+    (folder / f"{name(2)}.bz2").write_bytes(b"there plain as well")
+    (folder / f"{name(2)}.bz2").rename(folder / "notes.txt")
+    assert f"Typhoon: 2 files in {folder} were not read, such as {name(3, 10)}.bz2" in opened(folder).info()["notes"]
+    (folder / f"{name(1)}").write_bytes(b"there packed as well")
+    assert f"Typhoon: 3 files in {folder} were not read" in " ".join(opened(folder).info()["notes"])
+
+
 def test_the_paper_s_lengths_are_the_default(folder):
     with pytest.raises(data.DataError, match="typhoon: 2 windows of 12 consecutive hours, too few"):
         data.open_data("typhoon", folder.parent, box=BOX)

@@ -26,7 +26,7 @@ def write(writer):
 import numpy as np
 numbers = np.arange(24, dtype=np.uint8).reshape(4, 1, 2, 3)
 folder = Path({folder!r})
-if {late}:      # killed between the frames and their index
+if {late}:      # killed between the frames and their index, which comes first
     whole = data.write_whole
     data.write_whole = lambda path, content: os.kill(os.getpid(), 9) if path.suffix == ".json" else whole(path, content)
     write = lambda writer: writer.add(numbers) or {{}}
@@ -93,7 +93,8 @@ def test_an_unpacking_that_is_killed_is_never_taken_for_whole(source, late):
 def test_it_is_done_once_until_the_source_changes(source):
     unpack(source)
     array, index = unpack(source, fail)
-    assert (array == NUMBERS).all() and isinstance(array, np.memmap) and index == {"frames": 4, "about": ""}
+    assert (array == NUMBERS).all() and isinstance(array, np.memmap)
+    assert index == {"frames": 4, "about": "", "array": ["|u1", 4, 1, 2, 3]}
     source.write_bytes(b"packed anew")
     array, _ = unpack(source, lambda writer: writer.add(NUMBERS[1:]) or {})
     assert (array == NUMBERS[1:]).all() and len(list(source.parent.glob("frames-*"))) == 2
@@ -154,6 +155,93 @@ def test_an_unwritable_folder_is_named(source, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(data.DataError, match="cannot unpack into .*: No space left on device"):
+    with pytest.raises(data.DataError, match="cannot unpack into .*frames-.*: No space left on device"):
         unpack(source)
     assert os.listdir(source.parent) == ["source"]
+
+
+def test_a_full_disk_while_a_file_is_read_is_not_that_file_s_fault(source):
+    def write(writer):
+        with data.reading(source):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(data.DataError, match=r"cannot unpack into .*frames-[0-9a-f]{12}.npy: No space left on device"):
+        unpack(source, write)
+    assert os.listdir(source.parent) == ["source"]
+
+
+def test_only_what_this_program_wrote_is_removed(source):
+    users = ("frames-mine.npy", ".notes.tmp", ".my.document.tmp", ".frames-0123456789ab.npy.tmp", "frames-a.json",
+             "frames-0123456789ab.npy", "frames-0123456789ab.json", ".source.abcdefgh.tmp", "notes.json")
+    for name in users:
+        (source.parent / name).write_text('{"about": ""}')
+    (source.parent / ".frames-0123456789ab.npy.ab_d3fgh.tmp").write_bytes(b"of a killed process")
+    unpack(source)
+    first, = (path.name for path in source.parent.glob("frames-*.npy") if path.name not in users)
+    source.write_bytes(b"packed anew")
+    unpack(source)
+    there = {path.name for path in source.parent.iterdir()} - set(users)
+    assert set(users) <= {path.name for path in source.parent.iterdir()} and len(there) == 3 and first not in there
+
+
+def damages(array, index):
+    """Names of the file to be damaged and functions that do so."""
+    for damage in (b"", b"{}", b"[]", b"null", b"[" * 100_000, b'"' + b"9" * 10_000, b"\xff\xfe", b'{"check": []}',
+                   index.read_bytes().replace(b'"frames": 4', b'"frames": 5'), index.read_bytes()[:-1]):
+        yield index, lambda path, damage=damage: path.write_bytes(damage)
+    whole = array.read_bytes()
+    for damage in (b"", whole[:-1], whole[:100], b"PK\x03\x04" + whole, whole.replace(b"(4,", b"(3,"),
+                   whole.replace(b"|u1", b"|O8")):
+        yield array, lambda path, damage=damage: path.write_bytes(damage)
+    for path in (array, index):
+        yield path, os.mkfifo
+        yield path, lambda path: path.symlink_to("/dev/zero")
+        yield path, lambda path: None
+
+
+def test_what_was_unpacked_and_is_damaged_is_made_anew(source):
+    unpack(source)
+    array, = source.parent.glob("*.npy")
+    index = array.with_suffix(".json")
+    whole = array.read_bytes(), index.read_bytes()
+    for count, (path, damage) in enumerate(damages(array, index), 1):
+        path.unlink()
+        damage(path)
+        assert (unpack(source)[0] == NUMBERS).all() and (array.read_bytes(), index.read_bytes()) == whole, count
+    assert count == 22 and len(os.listdir(source.parent)) == 3
+
+
+def test_an_old_array_that_cannot_be_removed_stays(source, monkeypatch):
+    """As on Windows, where another process has it mapped."""
+    def mapped(path, *_, **__):
+        raise PermissionError(13, "being used by another process", str(path))
+
+    unpack(source)
+    source.write_bytes(b"packed anew")
+    monkeypatch.setattr(Path, "unlink", mapped)
+    assert (unpack(source, lambda writer: writer.add(NUMBERS[1:]) or {})[0] == NUMBERS[1:]).all()
+    assert len(list(source.parent.glob("frames-*"))) == 4
+
+
+def test_an_array_that_another_process_made_meanwhile_is_taken(source, monkeypatch):
+    """As on Windows, where nobody waits, and nobody replaces a file that is mapped."""
+    whole = data.write_whole
+
+    def second(path, content):
+        whole(path, content)
+        if path.suffix == ".npy":
+            raise PermissionError(13, "being used by another process", str(path))
+
+    monkeypatch.setattr(data, "write_whole", second)
+    assert (unpack(source)[0] == NUMBERS).all()
+
+
+@pytest.mark.parametrize("names", [["._source"], [".DS_Store", "._a"]])
+def test_hidden_files_are_neither_read_nor_counted(tmp_path, names):
+    for name in [*names, "source", "other", "frames-0123456789ab.npy"]:
+        (tmp_path / name).write_text("")
+    others = []
+    assert data._listed(tmp_path, ".*source", others) == ["source"] and others == ["other"]
+    assert data._listed(tmp_path / "none", ".*") == []
+    with pytest.raises(data.DataError, match="source cannot be read: Not a directory"):
+        data._listed(tmp_path / "source", ".*")
