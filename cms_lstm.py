@@ -1,6 +1,6 @@
 """CMS-LSTM: input and context interact before the ConvLSTM gates, hidden state and cell attend at three scales after.
 
-From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors: keep this line with a copy.
+From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors; keep its text with a copy.
 
     Z. Chai, C. Yuan, Z. Lin, Y. Bai. "CMS-LSTM: Context-Embedding and Multi-Scale Spatiotemporal-Expression LSTM for
     Video Prediction." ICME 2022.

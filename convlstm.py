@@ -1,6 +1,6 @@
 """ConvLSTM: the LSTM whose matrix products are convolutions.
 
-From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors: keep this line with a copy.
+From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors; keep its text with a copy.
 
     X. Shi, Z. Chen, H. Wang, D.-Y. Yeung, W.-K. Wong, W.-C. Woo.
     "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting." NeurIPS 2015.

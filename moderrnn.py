@@ -1,6 +1,6 @@
 """MoDeRNN: a ConvLSTM whose input and context reweight each other before they meet in the gates.
 
-From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors: keep this line with a copy.
+From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors; keep its text with a copy.
 
     Z. Chai, Z. Xu, C. Yuan. "MoDeRNN: Towards Fine-grained Motion Details for Spatiotemporal Predictive Learning."
     ICASSP 2022.

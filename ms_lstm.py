@@ -1,6 +1,6 @@
 """MS-LSTM: a recurrent network that sees several scales in space (a mirrored pyramid) and in time (two kernels a cell).
 
-From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors: keep this line with a copy.
+From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors; keep its text with a copy.
 
     Z. Ma, H. Zhang, J. Liu.
     "MS-LSTM: Exploring Spatiotemporal Multiscale Representations in Video Prediction Domain." 2023.

@@ -1,6 +1,6 @@
 """PredRNN: a second memory that climbs the layers and zigzags through time. And PredRNN-V2, which trains it better.
 
-From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors: keep this line with a copy.
+From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors; keep its text with a copy.
 
     Y. Wang, M. Long, J. Wang, Z. Gao, P. S. Yu. "PredRNN: Recurrent Neural Networks for Predictive Learning using
     Spatiotemporal LSTMs." NeurIPS 2017.

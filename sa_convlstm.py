@@ -1,6 +1,6 @@
 """SA-ConvLSTM: a ConvLSTM that looks at the whole frame, and at the whole frame as it remembers it.
 
-From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors: keep this line with a copy.
+From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors; keep its text with a copy.
 
     Z. Lin, M. Li, Z. Zheng, Y. Cheng, C. Yuan. "Self-Attention ConvLSTM for Spatiotemporal Prediction." AAAI 2020.
 
