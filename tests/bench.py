@@ -372,10 +372,10 @@ def main(argv=None):
     p.add_argument("models", metavar="MODEL", nargs="*", help=", ".join(train.MODELS))
     p.add_argument("--device", help="cuda, cuda:N or cpu (cuda where there is one)")
     p.add_argument("--setup", choices=("patch4", "fullres"), help="(the model's own paper's; on CUDA both)")
-    p.add_argument("--batch", type=train.positive, help="(the set-up's on CUDA, 2 on the CPU)")
-    p.add_argument("--frames", type=train.positive, default=20, help="of a sequence (20)")
+    p.add_argument("--batch", type=train.POSITIVE, help="(the set-up's on CUDA, 2 on the CPU)")
+    p.add_argument("--frames", type=train.POSITIVE, default=20, help="of a sequence (20)")
     p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="(bf16 on CUDA, fp32 on the CPU)")
-    p.add_argument("--repeats", type=train.positive, default=5, help="steps that are timed (5)")
+    p.add_argument("--repeats", type=train.POSITIVE, default=5, help="steps that are timed (5)")
     p.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's own time (wall)")
     args = p.parse_args(argv)
     try:
@@ -397,7 +397,7 @@ def main(argv=None):
             seconds, sizes = bench(name, setup, batch, args.frames, device, precision, args.repeats,
                                    timer if args.clock == "wall" else time.process_time)
             medians = {form: statistics.median(each) for form, each in seconds.items()}
-            flop = 6 * batch * train.cost(module, setup, "full", 1, 64, args.frames)[1]
+            flop = 6 * batch * train.cost(module, args.frames, setup=setup)[1]
             found.append((medians, sizes))
             print(f"\n{name}, {setup}, batch {batch}")
             for form in FORMS:

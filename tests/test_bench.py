@@ -95,7 +95,7 @@ def test_table(capsys, monkeypatch):
         if form in seconds:
             median = sorted(seconds[form])[1]
             assert len(seconds[form]) == 3 and numbers[0] == f"{median:.3f}"
-            _, macs = train.cost(train.model_file("convlstm"), "patch4", "full", 1, 64, 5)
+            _, macs = train.cost(train.model_file("convlstm"), 5, setup="patch4")
             assert numbers[4] == f"{median / sorted(seconds['ours'])[1]:.3f}" and numbers[5] == f"{3 / median:.2f}"
             assert numbers[6:8] == [f"{18 * macs / median / 1e9:,.0f}", f"{18 * macs / median / 1e11:.1%}"]
         if form in sizes:

@@ -47,7 +47,9 @@ def test_published_cost(name, row):
     """Every figure comes out to the printed digit; where one does not, the row's note says what does."""
     parameters, macs = count(name, row)
     counted = dict(params=parameters, macs=sum(macs.values()))
-    assert cost(MODULES[name], row["setup"], row["variant"], *PAPER_FRAMES[row["data"]]) == tuple(counted.values())
+    channels, size, frames = PAPER_FRAMES[row["data"]]
+    found = cost(MODULES[name], frames, channels, size, setup=row["setup"], variant=row["variant"])
+    assert found == tuple(counted.values())
     counted = {key: as_printed(counted[key], like=row[key]) for key in counted if key in row}
     wrong = {key: figure for key, figure in counted.items() if figure != row[key]}
     assert bool(wrong) == ("note" in row), wrong
