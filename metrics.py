@@ -2,18 +2,16 @@
 
 Frames are tensors (B, T, C, H, W) with values in [0, 1], scored where they lie (CPU or CUDA) in float64.
 
-    scores = frame_scores(pred, truth, mask)        # {"mse": (B, T), "mae": …, "psnr": …, "ssim": …, …}
-    summary = summarize(scores)                     # {"mse": {"mean": 61.2, "frames": [40.1, …], …}, …}, fit for JSON
-    counts = event_counts(pred_mm, truth_mm, (0.5, 2, 5), mask)     # hits, misses, …: add them up over the batches
-    summary |= csi_hss(counts, (0.5, 2, 5))         # {"csi_0.5": {"mean": …, "frames": […]}, …}
-    sums = unit_errors(pred_mm, truth_mm, mask)     # likewise
-    summary |= unit_summary(sums)                   # {"rmse": {"mean": …, "frames": […]}, …}
-    print(table({"forecast": summary, …}))
-    svg = score_curves({"ConvLSTM": summary})       # training_curves likewise
-    picture = png(film_sheet([Film("", 10, frames, {"": forecast})]))   # layer_sheet, map_sheets: what a model holds
+    summary = summarize(frame_scores(pred, truth, mask))            # {"mse": {"mean": 61.2, "frames": [40.1, …], …}, …}
+    summary |= csi_hss(event_counts(pred_mm, truth_mm, (0.5, 2, 5), mask), (0.5, 2, 5))             # {"csi_0.5": …, …}
+    summary |= unit_summary(unit_errors(pred_mm, truth_mm, mask))                                   # {"rmse": …, …}
+    print(table({"forecast": summary}, unit="mm/h"))
+    svg = score_curves({"ConvLSTM": summary}, unit="mm/h")          # training_curves likewise
+    picture = png(film_sheet([Film("", 10, frames, {"": forecast})]))   # layer_sheet, map_sheets: what models hold
 
-One rule for what has no data (mask False): it has no score, and means are over what has. Nothing here waits for the
-device before a summary is made: what only values tell, such as NaN or a truth beyond [0, 1], travels with the scores.
+Of several batches, scores are joined; event counts and errors in units are added up. What has no data (mask False) has
+no score, and means are over what has. Nothing here waits for the device before a summary is made: what only values
+tell, such as NaN or a truth beyond [0, 1], travels with the scores.
 """
 
 import math
@@ -238,20 +236,19 @@ def csi_hss(counts, thresholds):
     """
     if counts.shape != (len(thresholds), *counts.shape[1:2], 5):
         raise ValueError(f"counts {tuple(counts.shape)} are not (thresholds, T, 5) for {len(thresholds)} thresholds")
-    summary = {}
+    summary, nan = {}, math.nan
     for threshold, rows in zip(thresholds, counts.tolist()):
         frames = {"csi": [], "hss": []}
         for hits, misses, alarms, negatives, nans in rows:  # whole numbers in Python: nothing overflows
             events = hits + misses + alarms
             chance = (hits + misses) * (misses + negatives) + (hits + alarms) * (alarms + negatives)
-            frames["csi"].append(math.nan if nans else hits / events if events else None)
-            frames["hss"].append(
-                math.nan if nans else 2 * (hits * negatives - misses * alarms) / chance if chance else None)
+            skill = 2 * (hits * negatives - misses * alarms)
+            frames["csi"].append(nan if nans else hits / events if events else None)
+            frames["hss"].append(nan if nans else skill / chance if chance else None)
         for score, values in frames.items():
             defined = [v for v in values if v is not None]
-            summary[f"{score}_{threshold:.12g}"] = {
-                "mean": _mean(defined), "frames": [None if v != v else v for v in values],
-                "undefined": len(values) - len(defined)}
+            summary[f"{score}_{threshold:.12g}"] = {"mean": _mean(defined), "undefined": len(values) - len(defined),
+                                                    "frames": [None if v != v else v for v in values]}
     return summary
 
 
@@ -330,19 +327,18 @@ def _block(results, published, metrics, unit):
     sides = [forecast, repeat] if repeat else [forecast]
     digits = {m: 2 if max(side[m]["mean"] or 0 for side in sides) >= 10 else 4 for m in metrics}
 
-    def cells(summaries, pick=lambda entry: entry["mean"]):
-        values = [(pick(summary[m]), digits[m]) for summary in summaries for m in metrics]
+    def cells(*summaries, frame=None):
+        values = [(summary[m]["mean"] if frame is None else summary[m]["frames"][frame], digits[m])
+                  for summary in summaries for m in metrics]
         return ["–" if value is None else f"{value:.{places}f}" for value, places in values]
 
+    length = len(forecast[metrics[0]]["frames"])
     rows = [["frame"] + [name_of(m, unit)[0] for m in metrics] * len(sides)]
-    for k in range(len(forecast[metrics[0]]["frames"])):
-        rows.append([str(k + 1)] + cells(sides, lambda entry: entry["frames"][k]))
-    rule = len(rows)
-    rows.append(["mean"] + cells(sides))
+    rows += [[str(k + 1)] + cells(*sides, frame=k) for k in range(length)] + [["mean"] + cells(*sides)]
     for name in ("all_predictions", "black"):
         if metrics[0] in results.get(name, {}):
             count = len(results[name][metrics[0]]["frames"])
-            rows.append([name if name == "black" else f"all {count} predictions"] + cells([results[name]]))
+            rows.append([name if name == "black" else f"all {count} predictions"] + cells(results[name]))
     for paper in published:
         if any(paper.get(m) is not None for m in metrics):  # digits as the paper prints them
             source = textwrap.shorten(paper["source"], 32, placeholder=" …")
@@ -355,12 +351,12 @@ def _block(results, published, metrics, unit):
         text = row[0].ljust(widths[0])
         return text + "".join(("  |" if k == bar else "") + row[k].rjust(widths[k]) for k in range(1, len(row)))
 
-    lines = [line(row) for row in rows]
+    head, *lines = map(line, rows)
     title = "forecast".rjust(sum(widths[:bar]))
     if repeat:
         title += "  |" + "repeated last frame".rjust(sum(widths[bar:]))
-    dashes = "-" * len(lines[0])
-    return "\n".join([title, lines[0], dashes, *lines[1:rule], dashes, *lines[rule:]])
+    dashes = "-" * len(head)
+    return "\n".join([title, head, dashes, *lines[:length], dashes, *lines[length:]])
 
 
 # ---- Curves ----------------------------------------------------------------------------------------------------------
