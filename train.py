@@ -53,14 +53,14 @@ import data
 import metrics
 
 MODELS = ("convlstm", "predrnn", "sa_convlstm", "cms_lstm", "moderrnn", "ms_lstm")
-# A network that any machine trains in two minutes, whatever the model: so many multiply-accumulates, forward, of all its
-# iterations. It says nothing about the papers' results.
+# A network that any machine trains in two minutes, whatever the model: all its iterations take so many multiply-
+# accumulates (forward). It says nothing about the papers' results.
 QUICK = dict(data="moving_digits", layers=2, hidden=16, kernel=3, patch=4, batch=4, lr=2e-3, final_lr=1e-5, loss="l2",
              no_reverse=True, eval_sequences=100)
 QUICK_MACS = 1e12
-OWN = dict(iterations=None, epochs=100, reverse=False)     # data of one's own: no paper speaks, and no storm runs backwards
+OWN = dict(iterations=None, epochs=100, reverse=False)  # data of one's own: no paper speaks; no storm runs backwards
 MASK_STREAM = 16                    # of data.draws, for scheduled sampling
-EVAL_BATCH = 16                     # sequences at a time, where they fit; fixed, so that an evaluation repeats to the bit
+EVAL_BATCH = 16                     # sequences at a time, where they fit; fixed: an evaluation repeats to the bit
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -79,9 +79,16 @@ def settings(args):
     device = device_of(args.device, quick=args.quick)
     precision = precision_of(args.precision, device)
     source, options = pick("data", "moving_mnist"), options_of(args)
+    start = None if args.init is None else open_run(args.init).config["clips"].get("scale")
+    if start and source not in data.DATASETS and "normalize" not in options:
+        options["scale"] = start    # weights mean what they meant
     clips = data.open_data(source, args.data_dir or "data", setup, args.frames_in, args.horizon, **options)
+    scale = json_safe(clips.info()).get("scale")
+    if args.init is not None and scale != start:
+        raise UserError(f"--init {args.init}: its weights read data scaled by {start or 'their type'}, these are scaled by "
+                        f"{scale or 'their type'}: leave out --normalize to take over the run's scale")
     training = dict(module.TRAINING[setup])
-    training |= training.pop("data").get(clips.name, {}) | (OWN if source not in data.DATASETS else {}) | quick
+    training |= training.pop("data").get(clips.name, {}) | (OWN if clips.own else {}) | quick
     batch = pick("batch", training["batch"])
     check_shares("--batch", batch, "raise --batch")
     network = dict(channels=clips.channels, size=list(clips.size), hidden=pick("hidden"), layers=pick("layers"),
@@ -101,14 +108,14 @@ def settings(args):
         optimizer=training["optimizer"], weight_decay=training.get("weight_decay", 0.0), lr=pick("lr", training["lr"]),
         final_lr=training.get("final_lr"), loss=training["loss"], batch=batch,
         reverse=training["reverse"] and not pick("no_reverse"),
-        iterations=iterations, schedule=iterations,     # `schedule`: what ε and lr are spread over; stays on a longer run
+        iterations=iterations, schedule=iterations,     # `schedule`: what ε and lr are spread over, on a longer run too
         seed=args.seed or 0, precision=precision, recompute=bool(args.recompute),
         graph=not args.no_graph, init=args.init and os.path.abspath(args.init),
         log_every=10 if on_cpu else 100, eval_every=args.eval_every or max(1, iterations // (5 if args.quick else 20)),
         eval_sequences=eval_sequences, valid_sequences=min(clips.valid_count, max(1, eval_sequences // 4), 500),
         save_every=args.save_every or (100 if on_cpu else 1000),
         # Only a run of the paper's own network, schedule and training is set beside the paper's figures.
-        whole=whole, as_published=not args.quick and iterations >= whole and all(
+        whole=whole, as_published=not args.quick and not clips.own and iterations >= whole and all(
             getattr(args, name) is None for name in ("hidden", "layers", "kernel", "patch", "batch", "lr", "no_reverse",
                                                      "init", "frames_in", "horizon")),
         device=device.type, versions=versions(device))
@@ -117,7 +124,7 @@ def settings(args):
 
 def options_of(args):
     """What the command line says of how data are to be read, and only that."""
-    options = {name: getattr(args, name) for name in ("box", "normalize")}
+    options = {name: getattr(args, name) for name in ("box", "normalize", "layout", "channels", "unit", "thresholds")}
     options = {name: value for name, value in options.items() if value is not None}
     if "normalize" in options:
         options["normalize"] = options["normalize"] or "range"     # without numbers: the training part's range
@@ -171,7 +178,7 @@ def device_of(name, quick=False):
         raise UserError(f"--device {name}: only cuda and cpu are supported")
     if device.type == "cuda":
         if device.index is not None and processes.count > 1:
-            raise UserError(f"--device {name}: each of {processes.count} processes takes a device of its own; --device cuda")
+            raise UserError(f"--device {name}: each of {processes.count} processes takes one of its own; --device cuda")
         device = torch.device("cuda", processes.local if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
@@ -188,7 +195,8 @@ def versions(device):
     except (OSError, subprocess.CalledProcessError):
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__, commit=commit, device=name)
+    return dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__, commit=commit,
+                device=name)
 
 
 # ------------------------------------------------------------------------------------------------------------- the step
@@ -209,7 +217,7 @@ def precision_of(name, device):
     name = name or ("bf16" if device.type == "cuda" and computes_in(device, "bf16") else "fp32")
     if not computes_in(device, name):
         raise UserError("--precision tf32 is CUDA's; on the CPU use fp32 or bf16" if name == "tf32" else
-                        f"--precision bf16: this {'GPU' if device.type == 'cuda' else 'CPU'} has no bf16 arithmetic; use fp32")
+                        f"--precision bf16: this {device.type.upper()} device has no bf16 arithmetic; use fp32")
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     torch.backends.cudnn.benchmark = True       # sizes never change, so trying every algorithm once pays
@@ -217,7 +225,7 @@ def precision_of(name, device):
 
 
 def autocast(device, precision):
-    """Convolutions and matrix products in bf16 where asked for; states, statistics of norms, losses, metrics stay fp32."""
+    """Convolutions and matrix products in bf16 where asked for; states, norms, losses and scores are fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -252,9 +260,9 @@ def frame_loss(predictions, truth, kind):
 def train_step(model, optimizer, frames, mask, config):
     """One optimiser step on one batch; returns the loss, this process's share of it where there are several.
 
-    frames: (B, T, C, H, W), NaN where there are no data: the network reads 0 there. mask: (T-1, B), of scheduled sampling.
-    DDP averages gradients over the processes; weighted by its share of the batch, a process's loss adds up to the loss of
-    the whole batch whatever the shares are.
+    frames: (B, T, C, H, W), NaN where there are no data: the network reads 0 there. mask: (T-1, B), of scheduled
+    sampling. DDP averages gradients over the processes; weighted by its share of the batch, a process's loss adds up to
+    the loss of the whole batch whatever the shares are.
     """
     weight = len(frames) / config["batch"]
     with autocast(frames.device, config["precision"]):
@@ -281,7 +289,7 @@ class Graph:
         return result
 
     def record(self):
-        """Nothing is computed. A call that has to wait for the device, or to choose by its values, raises RuntimeError."""
+        """Nothing is computed. A call that waits for the device, or chooses by its values, raises RuntimeError."""
         with torch.cuda.stream(self.stream), torch.cuda.graph(self.graph, stream=self.stream):
             self.result = self.work()
 
@@ -295,9 +303,10 @@ class Step:
     """One optimiser step on one batch or, with `reverse`, two: the same clips played backwards are as good a film.
 
     Called with frames, mask (both as for `train_step`, of the same shape every time) and the learning rate; returns the
-    loss, on the device: nothing waits. A step is thousands of small kernels, and launching them takes longer than running
-    them, so on CUDA the third call is recorded as one graph, which those after it replay. The first two, ordinary steps of
-    the run like it, leave ready what recording cannot make: cuDNN's choice of algorithms, the optimiser's state.
+    loss, on the device: nothing waits. A step is thousands of small kernels, and launching them takes longer than
+    running them, so on CUDA the third call is recorded as one graph, which those after it replay. The first two,
+    ordinary steps of the run like it, leave ready what recording cannot make: cuDNN's choice of algorithms, the
+    optimiser's state.
 
     graph: whether to (the run's setting). Not over several processes.
     """
@@ -313,7 +322,7 @@ class Step:
                 say("no CUDA graph: it is for a process alone; every step is launched kernel by kernel")
 
     def load(self, state):
-        """Go on from an optimiser's state_dict, of any device: its moments and counts; the settings stay this device's own."""
+        """Go on from an optimiser's state_dict, of any device: its moments and counts; settings stay the device's."""
         self.optimizer.load_state_dict(state | dict(param_groups=self.optimizer.state_dict()["param_groups"]))
         self.graph = None                       # it knows the state that is replaced
 
@@ -352,7 +361,7 @@ class Step:
             if torch.allclose(replayed, loss, rtol=1e-3) and apart <= 0.1 * step:
                 self.graph = graph
                 return loss
-            problem = f"its first replay ends {apart / step:.0%} of a step away, with loss {replayed:.6g} for {loss:.6g}"
+            problem = f"its first replay ends {apart / step:.0%} of a step away, loss {replayed:.6g} for {loss:.6g}"
         except RuntimeError as error:           # out of memory is one
             problem = str(error).partition("\n")[0]
         torch._foreach_copy_(state, after)
@@ -396,7 +405,8 @@ def train(config, clips, device, folder, stop, checkpoint=None):
         # Everything due at this iteration comes first, so a run resumed here, or one that was stopped in the middle of
         # it, does the same things in the same order.
         done = iteration == config["iterations"]
-        if iteration and (iteration % config["eval_every"] == 0 or done) and iteration not in (k for k, _ in validation):
+        due = iteration and (iteration % config["eval_every"] == 0 or done)
+        if due and iteration not in (k for k, _ in validation):
             score = validate(model, config, clips, device, stop)
             if score is not None:
                 if not math.isfinite(score):
@@ -434,11 +444,11 @@ def learning_rate(config, iteration):
 
 
 class Log:
-    """log.csv, the progress bar, and the losses on their way to both: they stay on the device, which is waited for every
-    `log_every` iterations and before a save.
+    """log.csv, the progress bar, and the losses on their way to both: they stay on the device, which is waited for
+    every `log_every` iterations and before a save.
 
-    Without a terminal a plain line now and then takes the bar's place. Lines of log.csv past the checkpoint that a run is
-    resumed from are cut off.
+    Without a terminal a plain line now and then takes the bar's place. Lines of log.csv past the checkpoint that a run
+    is resumed from are cut off.
     """
 
     HEADER = ["iteration", "loss", "lr", "epsilon", "seconds"]
@@ -455,8 +465,8 @@ class Log:
         self.seconds_before = time.monotonic() - self.begun
         if processes.first:
             data.write_whole(self.path, "".join(",".join(row) + "\n" for row in [self.HEADER, *rows]).encode())
-        terminal = sys.stderr is not None and sys.stderr.isatty() and processes.first
-        self.bar = tqdm(total=config["iterations"], initial=self.start, unit="it", dynamic_ncols=True, disable=not terminal)
+        self.bar = tqdm(total=config["iterations"], initial=self.start, unit="it", dynamic_ncols=True,
+                        disable=not (processes.first and on_terminal()))
 
     def state(self):
         return dict(logged=self.logged, seconds=time.monotonic() - self.begun, losses=processes.sum(self.losses).cpu())
@@ -517,8 +527,8 @@ def all_finite(states):
 class Forecaster:
     """A trained model at work: predictions of batches, in as small pieces as the device's memory wants.
 
-    piece: sequences at a time; halved until they fit. frames (B, T, C, H, W) in [0, 1], NaN where there are no data: there
-    the model reads 0. Returns (B, T-1+horizon, C, H, W), float32, not clipped; with `extras` the model's too.
+    piece: sequences at a time; halved until they fit. Called with frames (B, T, C, H, W) in [0, 1], NaN where there are
+    no data: the model reads 0 there. Returns (B, T-1+horizon, C, H, W), float32, not clipped; with `extras` a pair.
     """
 
     def __init__(self, model, config, piece=EVAL_BATCH):
@@ -558,55 +568,81 @@ def batches(part, total, horizon, forecast, device, stop):
             yield rows, frames, forecast(frames[:, :-horizon], horizon)
 
 
-def known(frames, clips):
-    """Where clips have data, bool; None for everywhere."""
-    return ~frames.isnan() if clips.masked else None
+def known(clips, frames):
+    """Clips as a network reads them, 0 where there are no data; and where there are data, None for everywhere."""
+    return (frames.nan_to_num(0.0), ~frames.isnan()) if clips.masked else (frames, None)
+
+
+def scores_of(clips, frames, predictions, horizon):
+    """Score the forecast, all predictions and the two simplest forecasts of frames (b, T, C, H, W), the forecast first.
+
+    Yields (name, predictions, the slice of the frames that they predict, metrics.frame_scores).
+    """
+    frames, there = known(clips, frames)
+    last, future = slice(-horizon, None), frames[:, -horizon:]
+    shown = {"forecast": (predictions[:, last], last), "all_predictions": (predictions, slice(1, None)),
+             "repeat_last": (frames[:, -horizon - 1, None].expand_as(future), last),
+             "black": (torch.zeros_like(future), last)}
+    if clips.channels > 1 and not clips.own:    # some papers score, of two channels, one
+        shown["first_channel"] = predictions[:, last, :1], last
+    for name, (made, at) in shown.items():
+        channels = made.shape[2]
+        yield name, made, at, metrics.frame_scores(made, frames[:, at, :channels],
+                                                   None if there is None else there[:, at, :channels])
 
 
 def validate(model, config, clips, device, stop):
     """The forecast's mean MSE over some of the validation set; None if the user asks to stop meanwhile."""
-    scores, horizon = [], config["horizon"]
+    scores, horizon, forecast = [], config["horizon"], Forecaster(model, config)
     try:
-        for _, frames, predictions in batches(clips.valid, config["valid_sequences"], horizon, Forecaster(model, config),
-                                              device, stop):
-            truth = frames[:, -horizon:]
-            found = metrics.frame_scores(predictions[:, -horizon:], truth, known(truth, clips))
+        for _, frames, predictions in batches(clips.valid, config["valid_sequences"], horizon, forecast, device, stop):
+            found = next(scores_of(clips, frames, predictions, horizon))[3]
             scores.append(torch.stack([found["mse"], found["pixels"]]))
     except Interrupted:
         return None
     scores = torch.cat(scores, 1).cpu() if scores else torch.empty(2, 0, horizon, dtype=torch.float64)
     mse, pixels = torch.cat(processes.from_all(scores), 1)
-    return mse[pixels != 0].mean().item()                           # frames without data have no score
+    return mse[pixels != 0].mean().item()       # frames without data have no score
 
 
 def evaluate(model, config, clips, device, stop, piece=EVAL_BATCH):
-    """All scores of the test set: {"forecast": {"mse": {"mean": …, "frames": […]}, …}, "all_predictions": …, …}, and how
-    many sequences went through the model at a time."""
-    scores, rain, horizon = {}, {}, clips.test_horizon
+    """All scores of the test set, {"forecast": {"mse": {"mean": …, "frames": […]}, …}, "all_predictions": …, …}, and
+    how many sequences went through the model at a time. The device is waited for once, at the end."""
+    scores, sums, units, horizon = {}, {}, bool(clips.unit or clips.own), clips.test_horizon
     forecast = Forecaster(model, config, piece)
-    for _, frames, predictions in batches(clips.test, config["eval_sequences"], horizon, forecast, device, stop):
-        counts, frames = known(frames, clips), frames.nan_to_num(0.0)
-        shown = {"forecast": (predictions[:, -horizon:], slice(-horizon, None)),
-                 "all_predictions": (predictions, slice(1, None)),
-                 "repeat_last": (frames[:, -horizon - 1:-horizon].expand_as(frames[:, -horizon:]), slice(-horizon, None)),
-                 "black": (torch.zeros_like(frames[:, -horizon:]), slice(-horizon, None))}
-        for name, (made, at) in shown.items():
-            truth, where = frames[:, at], None if counts is None else counts[:, at]
-            scores.setdefault(name, []).append(metrics.frame_scores(made, truth, where))
-            if clips.unit == "mm/h":
-                found = metrics.event_counts(clips.to_units(made.clamp(0, 1)), clips.to_units(truth),
-                                             metrics.RAIN_THRESHOLDS, where)
-                rain[name] = rain.get(name, 0) + found
-    scores = {name: {k: torch.cat([batch[k] for batch in parts]).cpu() for k in parts[0]} for name, parts in scores.items()}
-    rain = {name: found.cpu() for name, found in rain.items()}
-    scores, rain, pieces = (processes.from_all(found) for found in (scores, rain, forecast.piece))
-    summaries = {}
-    for name in next(part for part in scores if part):
+    for rows, frames, predictions in batches(clips.test, config["eval_sequences"], horizon, forecast, device, stop):
+        stored = clips.test_units(*rows, device) if units else None
+        for name, made, at, found in scores_of(clips, frames, predictions, horizon):
+            scores.setdefault(name, []).append(found)
+            if units and name != "first_channel":
+                # In the data's units the truth is as stored, and so is the last frame repeated: no trip through pixels.
+                truth = stored[:, at]
+                made = stored[:, -horizon - 1, None].expand_as(truth) if name == "repeat_last" else \
+                    clips.to_units(made.double().clamp(0, 1))
+                there = ~(truth.isnan() | made.isnan())
+                both = made.nan_to_num(0.0), truth.nan_to_num(0.0)
+                add(sums, ("errors", name), metrics.unit_errors(*both, there))
+                if clips.thresholds:
+                    add(sums, ("events", name), metrics.event_counts(*both, clips.thresholds, there))
+    scores = {name: {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]}
+              for name, parts in scores.items()}
+    sums = {name: values.cpu() for name, values in sums.items()}
+    scores, sums, pieces = (processes.from_all(found) for found in (scores, sums, forecast.piece))
+    summaries, total = {}, {}
+    for name, values in (item for part in sums for item in part.items()):
+        add(total, name, values)
+    for name in scores[0]:
         parts = [part[name] for part in scores if name in part]
         summaries[name] = metrics.summarize({k: torch.cat([part[k] for part in parts]) for k in parts[0]})
-        if clips.unit == "mm/h":
-            summaries[name] |= metrics.csi_hss(sum(part[name] for part in rain if name in part), metrics.RAIN_THRESHOLDS)
+        if ("errors", name) in total:
+            summaries[name] |= metrics.unit_summary(total["errors", name])
+        if ("events", name) in total:
+            summaries[name] |= metrics.csi_hss(total["events", name], clips.thresholds)
     return summaries, min(pieces)
+
+
+def add(sums, name, values):
+    sums[name] = sums.get(name, 0) + values
 
 
 def finish(model, config, clips, folder, iteration, validation, stop, weights="last", suffix=""):
@@ -618,8 +654,8 @@ def finish(model, config, clips, folder, iteration, validation, stop, weights="l
     summaries, piece = evaluate(model, config, clips, device, stop, before.get("eval_batch", EVAL_BATCH))
     results = dict(model=config["model"], variant=config["variant"], setup=config["setup"], data=clips.name,
                    test_set=clips.test_set, sequences=number, frames_in=config["frames_in"], horizon=clips.test_horizon,
-                   iteration=iteration, weights=weights, precision=config["precision"], unit=clips.unit, eval_batch=piece,
-                   validation=validation, **summaries)
+                   iteration=iteration, weights=weights, precision=config["precision"], unit=clips.unit,
+                   eval_batch=piece, validation=validation, **summaries)
     if not processes.first:
         return
     write_json(path, results)
@@ -644,7 +680,7 @@ def published_scores(config, clips):
             if "mse_frames" in row:
                 row.setdefault("mse", round(sum(row["mse_frames"]) / len(row["mse_frames"]), 4))
             for score in ("csi", "hss"):
-                row |= {f"{score}_{t:g}": v for t, v in zip(metrics.RAIN_THRESHOLDS, row.pop(score, ()))}
+                row |= {f"{score}_{t:g}": v for t, v in zip(clips.thresholds, row.pop(score, ()))}
             rows.append(row)
     return rows
 
@@ -706,7 +742,7 @@ def make_folder(out, name, otherwise):
             return folder
         except FileExistsError:
             if name:
-                raise UserError(f"--name {name}: {folder} exists; another name, or go on with --resume {folder}") from None
+                raise UserError(f"--name {name}: {folder} exists; another name, or --resume {folder}") from None
 
 
 def write_json(path, content):
@@ -732,9 +768,10 @@ def read_results(path):
 
 
 # What a checkpoint's config holds, by type: one that differs was not written by this program, or was damaged.
-CONFIG = {str: "model variant setup data data_dir optimizer loss precision device", dict: "network options clips versions",
+CONFIG = {str: "model variant setup data data_dir optimizer loss precision device",
+          dict: "network options clips versions", float: "lr weight_decay",
           int: "frames_in horizon batch iterations schedule seed log_every eval_every save_every eval_sequences "
-               "valid_sequences whole", float: "lr weight_decay", bool: "quick reverse recompute graph as_published"}
+               "valid_sequences whole", bool: "quick reverse recompute graph as_published"}
 
 
 class Run(NamedTuple):
@@ -752,7 +789,8 @@ def open_run(run):
     path = Path(run)
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
-        what = "the run was stopped before its first checkpoint" if (path.parent / "config.json").exists() else "no such run"
+        begun = (path.parent / "config.json").exists()
+        what = "the run was stopped before its first checkpoint" if begun else "no such run"
         raise UserError(f"{run}: {what} ({path} is missing)")
     with data.reading(path, "it is no checkpoint of train.py, or a damaged one") as file:
         if damaged := zipfile.ZipFile(file).testzip():              # torch.load looks at no checksum
@@ -766,8 +804,8 @@ def open_run(run):
                     raise TypeError(f"{name} is {config[name]!r}")
         model = build(config)
         model.load_state_dict(checkpoint["model"])
-        if not all_finite([*model.parameters()]):
-            raise ValueError("weights that are not finite")
+        if not all_finite([*model.parameters(), *checkpoint["optimizer"]["state"].values()]):
+            raise ValueError("weights or states that are not finite")
         parameters, (iteration, logged) = [*model.parameters()], (checkpoint["iteration"], checkpoint["logged"])
         if not 0 <= logged <= iteration or checkpoint["losses"].shape != (config["log_every"],):
             raise ValueError("it stands at no iteration")
@@ -781,21 +819,21 @@ def open_run(run):
 def initial_weights(config):
     """--init: the weights of another run, which must be of the same network."""
     run = open_run(config["init"])
-    for name in ("model", "variant", "setup", "network"):
-        one, two = config[name], run.config[name]
-        if name == "network" and build(config).state_dict().keys() == run.model.state_dict().keys():
-            one, two = ({k: tuple(v.shape) for k, v in model.state_dict().items()} for model in (build(config), run.model))
-            one, two = ({k: v for k, v in shapes.items() if one[k] != two[k]} for shapes in (one, two))
-        if one != two:
-            raise UserError(f"--init {config['init']}: another network: its {name} is {two}, here {one}")
+    kind = "model", "variant", "setup"
+    here, there = ({name: of[name] for name in kind} | of["network"] for of in (config, run.config))
+    differs = [f"{name} {there.get(name) or 'of the set-up'}, here {here[name] or 'of the set-up'}"
+               for name in here if here[name] != there.get(name)]
+    shapes = [[(name, w.shape) for name, w in model.state_dict().items()] for model in (build(config), run.model)]
+    if shapes[0] != shapes[1] or any(here[name] != there[name] for name in kind):
+        raise UserError(f"--init {config['init']}: its weights are of another network: {'; '.join(differs)}")
     return run.checkpoint["model"]
 
 
 def open_run_data(run, args, training=False):
     """The clips that a run was trained on; they may not have changed, for more training in nothing that it sees."""
     config = run.config
-    clips = data.open_data(config["data"], data_dir_of(run, args), config["setup"], config["frames_in"], config["horizon"],
-                           **config["options"])
+    clips = data.open_data(config["data"], data_dir_of(run, args), config["setup"], config["frames_in"],
+                           config["horizon"], **config["options"])
     now, then = json_safe(clips.info()), config["clips"]
     for name in ("channels", "size", "scale", *(("train_count", "valid_count", "checksum") if training else ())):
         if now.get(name) != then.get(name):
@@ -816,8 +854,8 @@ def data_dir_of(run, args):
 def load(run, device="cpu"):
     """A trained model for code of one's own, and the run's config.
 
-    run: a folder of a run, or one of its checkpoints. The model is on the device, in eval mode. config["clips"] says what
-    it reads: frames_in, channels, size and the scale of its pixels.
+    run: a folder of a run, or one of its checkpoints. The model is on the device, in eval mode; config["clips"] says
+    what it reads: frames_in, channels, size and the scale of its pixels.
     """
     run = open_run(run)
     return run.model.to(device).eval(), run.config
@@ -827,16 +865,16 @@ def load(run, device="cpu"):
 
 def command_train(args):
     config, clips, device = settings(args)
-    build(config)                   # a network that cannot be built, or not from --init, leaves no folder behind
+    model = build(config)           # a network that cannot be built, or not from --init, leaves no folder behind
     if config["init"]:
         initial_weights(config)
     processes.start()
     folder = new_folder(args, config, clips)
     config["folder"] = os.path.abspath(folder)
-    parameters, _ = cost(model_file(config["model"]), 2, setup=config["setup"], variant=config["variant"], **config["network"])
-    say(f"{folder}: {config['model']} {config['variant']}, {config['setup']}, {clips.name}, {parameters:,} parameters, "
-        f"{config['iterations']:,} iterations of {config['batch']}"
-        f"{', each forwards and reversed' if config['reverse'] else ''}, {config['precision']} on {config['versions']['device']}")
+    both = ", each forwards and reversed" if config["reverse"] else ""
+    say(f"{folder}: {config['model']} {config['variant']}, {config['setup']}, {clips.name}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {config['iterations']:,} iterations of "
+        f"{config['batch']}{both}, {config['precision']} on {config['versions']['device']}")
     for note in clips.notes:
         say(note)
     work(config, clips, device, folder)
@@ -847,7 +885,8 @@ def command_resume(args):
     config = run.config
     if run.weights != "last":
         raise UserError(f"--resume {args.resume}: a run goes on from its last checkpoint; give its folder")
-    check_shares(f"--resume {args.resume}: its batch of", config["batch"], f"--nproc_per_node={config['batch']} at the most")
+    batch = config["batch"]
+    check_shares(f"--resume {args.resume}: its batch of", batch, f"--nproc_per_node={batch} at the most")
     device = device_of(args.device or config["device"])
     if not computes_in(device, config["precision"]):
         say(f"this CPU has no {config['precision']} arithmetic: going on in fp32")
@@ -865,8 +904,8 @@ def command_resume(args):
         if args.iterations < at:
             raise UserError(f"--iterations {args.iterations}: the run already stands at iteration {at}")
         if args.iterations > config["schedule"] and config["final_lr"] is not None:
-            raise UserError(f"--iterations {args.iterations}: the learning rate falls to its end over {config['schedule']} "
-                            f"iterations, so this run cannot go on; start a new one with --init {run.folder}")
+            raise UserError(f"--iterations {args.iterations}: the learning rate is at its end after "
+                            f"{config['schedule']}; start a new run with --init {run.folder}")
         config["iterations"] = args.iterations
     processes.start()
     say(f"{run.folder}: going on from iteration {at} of {config['iterations']}")
@@ -885,8 +924,9 @@ def work(config, clips, device, folder, checkpoint=None):
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             size = "×".join(map(str, config["network"]["size"]))
-            raise RunError(f"out of memory with --batch {config['batch']} of {config['frames_in'] + config['horizon']} frames "
-                           f"{size}: lower --batch or --hidden, or add --recompute") from None
+            frames = config["frames_in"] + config["horizon"]
+            raise RunError(f"out of memory with --batch {config['batch']} of {frames} frames {size}: lower --batch or "
+                           f"--hidden, or add --recompute") from None
         if processes.count > 1 and any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
             raise RunError(f"another process of this run ended; go on with --resume {folder}") from None
         raise
@@ -902,7 +942,7 @@ def trained(args, run):
 
 
 def which_evaluation(run, args, clips):
-    """Set how many test sequences to evaluate; returns the suffix of the evaluation's files: a run's own results stay."""
+    """Set how many test sequences to evaluate; returns the suffix of its files: a run's own results stay."""
     suffix = "" if run.weights == "last" else f"-{run.weights}"
     number = min(args.eval_sequences or run.config["eval_sequences"], clips.test_count)
     if number != run.config["eval_sequences"]:
@@ -913,40 +953,63 @@ def which_evaluation(run, args, clips):
 
 def command_eval(args):
     run, device = trained(args, args.eval)
-    clips = open_run_data(run, args)
-    suffix = which_evaluation(run, args, clips)
+    config, options = run.config, options_of(args)
+    if args.data is None:
+        config["options"] |= options
+        clips = open_run_data(run, args)
+        suffix = which_evaluation(run, args, clips)
+    else:                           # a storm that the run never saw, every window of it
+        clips = data.open_test(args.data, data_dir_of(run, args), config["clips"], config["options"] | options,
+                               args.horizon, any_size=config["setup"] == "fullres")
+        run = run._replace(model=fitted(run.model, config, clips.size))
+        number = min(args.eval_sequences or clips.test_count, clips.test_count)
+        config |= dict(eval_sequences=number, as_published=False)
+        suffix = f"-{clips.name}"
+        for note in clips.notes:
+            say(note)
     with Stop() as stop:
-        finish(run.model, run.config, clips, run.folder, run.checkpoint["iteration"], run.checkpoint["validation"], stop,
+        finish(run.model, config, clips, run.folder, run.checkpoint["iteration"], run.checkpoint["validation"], stop,
                run.weights, suffix)
 
 
 def command_predict(args):
     """Forecast beyond the end of every film of a file; an array in the file's own units, and pictures."""
     if not args.data:
-        raise UserError("--predict RUN needs --data X: a file with the frames to go on from")
+        raise UserError("--predict RUN needs --data X: a file or folder with the frames to go on from")
     run, device = trained(args, args.predict)
     config = run.config
-    films = data.open_films(args.data, data_dir_of(run, args), config["clips"])
-    horizon, stem, forecast = args.horizon or config["horizon"], Path(args.data).stem, Forecaster(run.model, config)
-    forecasts = []
-    for start in tqdm(range(0, films.count, EVAL_BATCH), desc="forecast", disable=not sys.stderr.isatty()):
+    films = data.open_films(args.data, data_dir_of(run, args), config["clips"], config["options"] | options_of(args),
+                            any_size=config["setup"] == "fullres")
+    for note in films.notes:
+        say(note)
+    horizon, source = args.horizon or config["horizon"], Path(args.data)
+    forecast, found = Forecaster(fitted(run.model, config, films.size), config), []
+    for start in tqdm(range(0, films.count, EVAL_BATCH), desc="forecast", disable=not on_terminal()):
         frames = films.frames(start, min(start + EVAL_BATCH, films.count), device)
-        forecasts.append(forecast(frames, horizon)[:, -horizon:].cpu())
-    forecasts = torch.cat(forecasts)
-    array = films.as_file(forecasts)
-    content = io.BytesIO()
+        found.append(forecast(frames, horizon)[:, -horizon:].cpu())
+    found, content = torch.cat(found), io.BytesIO()
+    array = films.as_file(found)
     np.save(content, array)
-    path = write_new(run.folder, f"predict-{stem}", ".npy", content.getbuffer())
-    title = f"{config['model']} {config['variant']} {config['setup']}, {Path(args.data).name}, iteration {run.checkpoint['iteration']}"
+    path = write_new(run.folder, f"predict-{source.stem}", ".npy", content.getbuffer())
     known = films.frames(0, 1)[0]
-    film = metrics.Film("", len(known), known.cpu(), {"": forecasts[0].clamp(0, 1)})
-    data.write_whole(path.with_suffix(".png"), metrics.png(metrics.film_sheet([film], title)))
+    film = metrics.Film("", len(known), known, {"": found[0].clamp(0, 1)})
+    title = label_of(config, films, run.checkpoint["iteration"])
+    picture = data.write_whole(path.with_suffix(".png"), metrics.png(metrics.film_sheet([film], title)))
     say(f"{path}: {array.dtype} {array.shape}, {horizon} frames beyond the end of {films.count} film(s)\n"
-        f"{path.with_suffix('.png')}: the first of them")
+        f"{picture}: the first of them")
+
+
+def fitted(model, config, size):
+    """A model for frames of another size than it was trained on: under `fullres` the same weights fit."""
+    if tuple(size) == tuple(config["network"]["size"]):
+        return model
+    other = build(config | dict(network=config["network"] | dict(size=list(size))))
+    other.load_state_dict(model.state_dict())
+    return other.to(next(model.parameters()).device)
 
 
 def write_new(folder, stem, suffix, content):
-    """Write a file that is nobody's yet: stem-1, stem-2 …, whichever is free, also when others do so at the same time."""
+    """Write a file that is nobody's yet: stem-1, stem-2 …, whichever is free, also when others do so meanwhile."""
     temporary = data.write_whole(folder / f".{stem}-{os.getpid()}.tmp", content)
     try:
         for number in count(1):
@@ -983,7 +1046,7 @@ def list_published(dataset, setup):
     channels, side, frames = PAPER_FRAMES[dataset]
     say(f"{dataset}: {frames} frames of {channels}×{side}×{side}; MACs are multiply-accumulates of one sequence\n\n"
         f"{'':32} {'parameters':>19}   {'MACs':>17}\n"
-        f"{'model':12} {'variant':10} {'set-up':8} {'counted':>10} {'printed':>8}   {'counted':>8} {'printed':>8}   printed in")
+        f"{'model':12} {'variant':10} {'set-up':8} {'counted':>10} {'printed':>8}   {'counted':>8} {'printed':>8}   in")
     for name in MODELS:
         module = model_file(name)
         for row in module.PUBLISHED:
@@ -1034,20 +1097,17 @@ class Figures:
 
     def pictures(self):
         """Every picture of this run alone, {name of a file: its content}, and the number of the median sequence."""
-        scores, clips, past, horizon = [], self.clips, self.clips.frames_in, self.clips.test_horizon
+        clips, past, horizon = self.clips, self.clips.frames_in, self.clips.test_horizon
         with Stop() as stop:
-            for _, frames, predictions in batches(clips.test, self.results["sequences"], horizon,
-                                                  Forecaster(self.model, self.config), self.device, stop):
-                truth = frames[:, -horizon:]
-                scores.append(metrics.frame_scores(predictions[:, -horizon:], truth, known(truth, clips)))
+            scores = [next(scores_of(clips, frames, predictions, horizon))[3] for _, frames, predictions in batches(
+                clips.test, self.results["sequences"], horizon, Forecaster(self.model, self.config), self.device, stop)]
         ranked = metrics.ranked({name: torch.cat([batch[name] for batch in scores]).cpu() for name in scores[0]})
         films, median = [], ranked["median"][0]
         for name, (number, mse) in ranked.items():
             truth, forecast, _, _ = self.forecast(number)
             caption = f"{name} of {self.results['sequences']}: test sequence {number}, MSE {mse:.4g}"
             films.append(metrics.Film(caption, past, truth, {"": forecast}))
-        log = self.folder / "log.csv"
-        loss = [(int(row[0]), float(row[1])) for row in read_log(log)]
+        loss = [(int(row[0]), float(row[1])) for row in read_log(self.folder / "log.csv")]
         loss, mse = ([point for point in points if point[0] <= self.iteration] for points in (loss, self.validation))
         training = {"training": (f"{self.config['loss']} loss (sum over a frame)", loss),
                     "validation": ("MSE of the forecast (sum over a frame)", mse)}
@@ -1120,9 +1180,9 @@ def command_figures(args):
 COMMANDS = {"list": command_list, "eval": command_eval, "resume": command_resume, "predict": command_predict,
             "figures": command_figures}
 # What may be given beside a command; a training run takes every option.
-TAKES = {"list": "setup data", "eval": "device data-dir eval-sequences",
+TAKES = {"list": "setup data", "eval": "data horizon layout channels unit thresholds device data-dir eval-sequences",
          "resume": "device data-dir iterations eval-every eval-sequences save-every no-graph",
-         "predict": "data horizon device data-dir", "figures": "device data-dir eval-sequences"}
+         "predict": "data horizon layout channels device data-dir", "figures": "device data-dir eval-sequences"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1153,7 +1213,7 @@ def parser():
                description=f"Train, evaluate and use ConvRNNs for next-frame prediction.\n\n"
                            f"MODEL is one of {', '.join(MODELS)}:\ntrain it, then evaluate it, on a CUDA device.",
                epilog="What goes with a command (MODEL takes every option):\n" + "\n".join(
-                   f"  --{name:8} {' '.join('--' + option for option in takes.split())}" for name, takes in TAKES.items()))
+                   f"  --{name:8} --{takes.replace(' ', ' --')}" for name, takes in TAKES.items()))
     p.add_argument("model", nargs="?", metavar="MODEL", help=argparse.SUPPRESS)
 
     def group(title, *options):
@@ -1165,12 +1225,12 @@ def parser():
     flag, text = dict(action="store_true"), lambda metavar: dict(metavar=metavar)
     group("instead of MODEL",
           ("list", "every model and variant with its cost; with --data, beside the papers' figures", flag),
-          ("eval", "evaluate a run again (RUN: its folder or a checkpoint), or with --data on another file", text("RUN")),
+          ("eval", "evaluate a run again (RUN: its folder or a checkpoint), or, with --data, on a file", text("RUN")),
           ("resume", "go on with an interrupted run, from exactly where it stood", text("RUN")),
           ("predict", "forecast beyond the end of --data; writes .npy and a picture", text("RUN")),
           ("figures", "draw the papers' figures from trained runs", dict(metavar="RUN", nargs="+")))
     group("data",
-          ("data", f"{', '.join(data.DATASETS)}, or data of yours: .npy, .npz, a video, a folder (default: moving_mnist)",
+          ("data", f"{', '.join(data.DATASETS)}, or yours: .npy, .npz, a video, a folder (default: moving_mnist)",
            text("NAME|PATH")),
           ("data-dir", "where datasets lie or are downloaded to (default: data)", text("DIR")),
           ("frames-in", "frames read (default: the dataset's, 10 for data of yours)", "N"),
@@ -1178,7 +1238,12 @@ def parser():
           ("box", "degrees of latitude and longitude; for typhoon", dict(
               type=NUMBER, nargs=4, metavar=("S", "W", "N", "E"))),
           ("normalize", "data of yours: scale LOW … HIGH to 0 … 1; without numbers each channel's training range", dict(
-              type=NUMBER, nargs="*", metavar=("LOW", "HIGH"))))
+              type=NUMBER, nargs="*", metavar=("LOW", "HIGH"))),
+          ("layout", "data of yours: what an array's axes are: " + ", ".join(data.LAYOUTS), text("AXES")),
+          ("channels", "data of yours: 3 for films and images in colour (default: 1, grey)", "N"),
+          ("unit", "data of yours: the unit of its values, for tables and pictures", text("NAME")),
+          ("thresholds", "data of yours: values in that unit at which CSI and HSS are taken", dict(
+              type=NUMBER, nargs="+", metavar="X")))
     group("network (default: the paper's)",
           ("variant", "an ablation of the model's paper, as --list shows them (default: full)", text("NAME")),
           ("setup", "the set-up (default: the model's own paper's)", dict(choices=("patch4", "fullres"))),
@@ -1216,7 +1281,7 @@ def parse(argv):
             raise UserError(f"--{name.replace('_', '-')} wants a value (see python train.py --help)")
     commands = [name for name in given if name in ("model", *COMMANDS)]
     if len(commands) != 1:
-        raise UserError("give a MODEL, or one of " + ", ".join(f"--{name}" for name in COMMANDS) + " (see python train.py --help)")
+        raise UserError(f"give a MODEL, or one of --{', --'.join(COMMANDS)} (see python train.py --help)")
     command, = commands
     if args.normalize and len(args.normalize) != 2:
         raise UserError("--normalize takes no number or two, LOW and HIGH")
@@ -1267,7 +1332,7 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
     def share(self, total):
-        """This process's part of `total` things: a slice; parts differ by one at the most, and the first is never empty."""
+        """This process's part of `total` things: a slice; parts differ by one at most, and the first is never empty."""
         return slice(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
 
     def from_first(self, value):
@@ -1335,6 +1400,10 @@ def check_shares(what, batch, way_out):
         raise UserError(f"{what} {batch} over {processes.count} processes leaves some without a sequence; {way_out}")
 
 
+def on_terminal():
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def say(text):
     """Print, once for all processes and without tearing a progress bar. Who listens may leave: the run goes on."""
     if processes.first and sys.stdout is not None:
@@ -1373,7 +1442,7 @@ def attempt(argv):
     """Do what the command line says: (exit status, what went wrong or None)."""
     try:
         if min(processes.count - 1, processes.rank, processes.local) < 0:
-            raise UserError("WORLD_SIZE, RANK and LOCAL_RANK of the environment must be whole numbers, as torchrun sets them")
+            raise UserError("WORLD_SIZE, RANK and LOCAL_RANK, which torchrun sets, must be whole numbers")
         command, args = parse(argv)
         (command_train if command == "model" else COMMANDS[command])(args)
         return 0, None
