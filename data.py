@@ -102,7 +102,7 @@ class Clips:
         raise NotImplementedError
 
     def test_units(self, start, stop, device="cpu"):
-        """The clips of `test` in the data's own units as they are stored, not by way of pixels: float64."""
+        """The clips of `test` in the data's own units as they are stored, not by way of pixels: floats."""
         return self.to_units(self.test(start, stop, device)).double()
 
     def to_units(self, frames):
@@ -663,7 +663,8 @@ class Windows(Clips):
         return self._pixels(self._stored("test", slice(start, stop), self.test_horizon, device))
 
     def test_units(self, start, stop, device="cpu"):
-        return self._stored("test", slice(start, stop), self.test_horizon, device).double()
+        values = self._stored("test", slice(start, stop), self.test_horizon, device)
+        return values if values.is_floating_point() else values.double()    # 0.7 stored as float32 is 0.7, not 0.69999999
 
     def to_units(self, frames):
         return self.scale.to_units(frames)

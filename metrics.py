@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-RAIN_THRESHOLDS = (0.5, 2, 5)  # mm/h
 NAMES = {  # metric -> its name in a table, its name and unit on an axis
     "mse": ("MSE", "MSE (sum over a frame)"),
     "mae": ("MAE", "MAE (sum over a frame)"),

@@ -616,14 +616,14 @@ def evaluate(model, config, clips, device, stop, piece=EVAL_BATCH):
             scores.setdefault(name, []).append(found)
             if units and name != "first_channel":
                 # In the data's units the truth is as stored, and so is the last frame repeated: no trip through pixels.
-                truth = stored[:, at]
-                made = stored[:, -horizon - 1, None].expand_as(truth) if name == "repeat_last" else \
-                    clips.to_units(made.double().clamp(0, 1))
-                there = ~(truth.isnan() | made.isnan())
-                both = made.nan_to_num(0.0), truth.nan_to_num(0.0)
-                add(sums, ("errors", name), metrics.unit_errors(*both, there))
+                truth, made = stored[:, at], clips.to_units(made.double().clamp(0, 1))
+                if name == "repeat_last":
+                    last = stored[:, -horizon - 1, None].expand_as(truth)
+                    made = torch.where(last.isnan(), made.to(last.dtype), last)
+                there = ~truth.isnan()
+                add(sums, ("errors", name), metrics.unit_errors(made, truth, there))
                 if clips.thresholds:
-                    add(sums, ("events", name), metrics.event_counts(*both, clips.thresholds, there))
+                    add(sums, ("events", name), metrics.event_counts(made, truth, clips.thresholds, there))
     scores = {name: {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]}
               for name, parts in scores.items()}
     sums = {name: values.cpu() for name, values in sums.items()}

@@ -467,7 +467,7 @@ def test_units_get_rain_classes_or_a_scale(monkeypatch, unit, channels):
     if unit == "mm/h":
         frames[..., :4, :4] = frames[33] = np.nan                 # and a frame of the validation without any
     clips = Units("flows", frames, starts, 3, 3, scale=data.PLAIN, unit=unit, masked=unit == "mm/h",
-                  thresholds=metrics.RAIN_THRESHOLDS if unit == "mm/h" else ())
+                  thresholds=(0.5, 2, 5) if unit == "mm/h" else ())
     monkeypatch.setattr(data, "open_data", lambda *_, **__: clips)
     folder = made("convlstm", "--patch", 2, "--eval-sequences", 1)
     assert run("--figures", folder, "--eval-sequences", 3) == 0

@@ -266,6 +266,55 @@ def test_a_run_in_ones_own_code(made):
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
+def test_a_threshold_is_taken_on_the_data_as_stored(capsys):
+    """A storm of 35.7 that stands still, in float32: back from the network's pixels it would be below 35.7."""
+    film = np.zeros((60, 16, 16), np.float32)
+    film[:, :8], film[:, 15, 15] = 35.7, np.nan
+    np.save("still.npy", film)
+    own = "convlstm --data still.npy --normalize 0 70 --device cpu --hidden 4 --layers 2 --frames-in 3 --horizon 2 --name a"
+    assert run(*own.split(), "--unit", "dBZ", "--thresholds", 35.7, 40, "--iterations", 1, "--batch", 2) == 0
+    results = json.loads(Path("runs/a/results.json").read_text())
+    still = results["repeat_last"]
+    assert results["unit"] == "dBZ" and still["csi_35.7"]["frames"] == [1, 1] and still["csi_40"]["mean"] is None
+    assert still["rmse"]["mean"] == 0 and results["black"]["rmse"]["mean"] == pytest.approx(35.7 * (128 / 255) ** 0.5)
+    assert results["black"]["mae_units"]["mean"] == pytest.approx(35.7 * 128 / 255)
+    np.save("other.npy", film[10:40])
+    assert run("--eval", "runs/a", "--data", "other.npy", "--horizon", 4, "--thresholds", 20) == 0
+    other = json.loads(Path("runs/a/results-other_npy.json").read_text())
+    assert len(other["repeat_last"]["csi_20"]["frames"]) == 4 and other["repeat_last"]["csi_20"]["mean"] == 1
+    assert json.loads(Path("runs/a/results.json").read_text()) == results
+
+
+def test_a_model_for_any_size_forecasts_any_size(capsys):
+    np.save("small.npy", np.random.default_rng(0).random((40, 12, 16), np.float32))
+    np.save("large.npy", np.random.default_rng(0).random((2, 9, 20, 28), np.float32))
+    own = "convlstm --data small.npy --device cpu --hidden 4 --layers 2 --frames-in 3 --horizon 2 --iterations 1 --batch 2"
+    assert run(*own.split(), "--setup", "fullres", "--name", "a") == 0
+    assert run("--predict", "runs/a", "--data", "large.npy", "--layout", "MTHW") == 0
+    assert np.load("runs/a/predict-large-1.npy").shape == (2, 2, 20, 28)
+    assert run(*own.split(), "--name", "b") == 0
+    assert "the model takes 1 x 12 x 16" in refused(capsys, "--predict", "runs/b", "--data", "large.npy", "--layout", "MTHW")
+
+
+def test_a_schedule_for_data_of_ones_own(capsys):
+    np.save("mine.npy", np.random.default_rng(0).random((60, 16, 16), np.float32))
+    own = "convlstm --data mine.npy --device cpu --hidden 4 --layers 1 --frames-in 3 --horizon 2 --batch 8 --name".split()
+    _, args = train.parse([*own, "a"])
+    config, clips, _ = train.settings(args)
+    assert config["iterations"] == 100 * clips.train_count // 8 and not config["reverse"] and not config["as_published"]
+
+
+def test_init_takes_over_the_scale(capsys):
+    film = np.random.default_rng(0).random((60, 16, 16), np.float32)
+    np.save("mine.npy", 50 * film)
+    own = "convlstm --data mine.npy --device cpu --hidden 4 --layers 1 --frames-in 3 --horizon 2 --batch 2 --iterations 1"
+    assert run(*own.split(), "--normalize", 0, 70, "--name", "a") == 0
+    np.save("mine.npy", 60 * film)
+    assert run(*own.split(), "--init", "runs/a", "--name", "b") == 0
+    assert json.loads(Path("runs/b/config.json").read_text())["clips"]["scale"] == [0, 70]
+    assert "scale" in refused(capsys, *own.split(), "--normalize", "--init", "runs/a")
+
+
 def test_init_says_what_differs(made, capsys):
     line = refused(capsys, *TINY, "--init", made, "--hidden", 8)
     assert "hidden 4, here 8" in line
