@@ -644,13 +644,13 @@ class Windows(Clips):
 
     def __init__(self, name, frames, starts, frames_in, horizon, test_horizon=None, scale=LEVELS, test_set="",
                  order=None, unit=None, thresholds=(), masked=False, own=False, notes=()):
-        self.name, self.array, self.starts, self.scale, self.order = name, frames, starts, scale, order
+        self.name, self.array, self.starts, self.scale, self.order = printable(name), frames, starts, scale, order
         self.unit, self.thresholds, self.masked, self.own = unit, tuple(thresholds), masked, own
-        self.notes, self.checksum = list(notes), checksum_of(frames)
+        self.notes, self.checksum = [printable(note) for note in notes], checksum_of(frames)
         self.frames_in, self.horizon, self.test_horizon = frames_in, horizon, test_horizon or horizon
         self.channels, self.size = frames.shape[1], tuple(frames.shape[2:])
         self.train_count, self.valid_count, self.test_count = (len(starts[key]) for key in ("train", "valid", "test"))
-        self.test_set = f"{name}, {self.test_count} sequences{test_set and ', '}{test_set}"
+        self.test_set = printable(f"{name}, {self.test_count} sequences{test_set and ', '}{test_set}")
 
     def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
         which = fixed_order(seed, iteration, batch, self.train_count)[share]
@@ -710,164 +710,146 @@ IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".we
 
 
 def _header(file, path):
-    """(shape, dtype) of an open .npy file; DataError if it is none or holds no numbers."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = read(file)
-    except KeyError:
-        raise DataError(f"{path} is a .npy file of an unknown version") from None
-    except READ_ERRORS as error:
-        raise _cannot_read(path, error) from None
+    """(shape, dtype) of an open .npy file; DataError if its numbers cannot be used."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of .npy is unknown")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
     if dtype.hasobject:
-        raise DataError(f"{path} holds pickled objects, which are never loaded: save numbers, such as "
-                        f"numpy.stack(a).astype(numpy.float32)")
+        raise DataError(f"{path} holds pickled objects, which are never loaded: save numpy.stack(a).astype(float)")
     if dtype.kind not in "buif":
-        raise DataError(f"{path} holds {dtype}: real numbers are needed, such as a.astype(numpy.float32)")
+        raise DataError(f"{path} holds {dtype}, not real numbers: save a.astype(float)")
     if fortran and sum(n > 1 for n in shape) > 1:
         raise DataError(f"{path} is in Fortran order, where frames lie scattered: save numpy.ascontiguousarray(a)")
     return shape, dtype
 
 
-def _layout(shape, layout, name):
-    """What the axes of an array are, one of LAYOUTS: as given, else by the shape. DataError if they cannot be that."""
-    if layout is None and len(shape) in (3, 4, 5):
-        colours = len(shape) > 3 and shape[-1] <= 4 < min(shape[-3:-1])    # last: no frame is four pixels wide
-        layout = {3: "NHW", 4: "NHWC" if colours else "NCHW" if shape[1] <= 16 else "MTHW",
-                  5: "MTHWC" if colours else "MTCHW"}[len(shape)]
+def _layout(shape, layout, path):
+    """What the axes of an array are, one of LAYOUTS: as given, else by the shape; DataError if they cannot be that."""
+    if layout is None and 3 <= len(shape) <= 5:
+        colours = len(shape) > 3 and shape[-1] <= 4 < min(shape[-3:-1])    # no frame is so narrow
+        four = "NHWC" if colours else "NCHW" if shape[1] <= 16 else "MTHW"
+        layout = ("NHW", four, "MTHWC" if colours else "MTCHW")[len(shape) - 3]
         if shape == (20, 10_000, CANVAS, CANVAS):
-            raise DataError(f"{name} has the shape of mnist_test_seq.npy, which is (T, M, H, W): save "
-                            f"numpy.swapaxes(a, 0, 1), or put it into the folder of --data moving_mnist")
-    if layout not in LAYOUTS or len(layout) != len(shape) or 0 in shape:
-        raise DataError(f"{name} has shape {shape}, which is not {layout or 'one'} of --layout {'|'.join(LAYOUTS)}: "
-                        f"N frames of one film or M films of T frames, C channels, height, width")
+            raise DataError(f"{path} has the shape of mnist_test_seq.npy, which is (T, M, H, W): save "
+                            f"numpy.swapaxes(a, 0, 1)")
+    if layout is None or len(layout) != len(shape) or min(shape) < 1:
+        raise DataError(f"{path} has shape {shape}, which is not {layout or 'any'} of --layout {'|'.join(LAYOUTS)} (N "
+                        f"frames of one film, M films of T frames, C channels): numpy.moveaxis or reshape make it one")
     if "C" in layout and shape[layout.index("C")] > 16:
-        raise DataError(f"{name} has shape {shape}, read as {layout} with {shape[layout.index('C')]} channels, more "
-                        f"than 16: --layout {'|'.join(LAYOUTS)} says what the axes are")
+        raise DataError(f"{path} has shape {shape}, as {layout} more than 16 channels: --layout says what its axes "
+                        f"are, one of {', '.join(LAYOUTS)}")
     return layout
 
 
 def _channels_first(array, layout):
-    """An array of some layout as a view (…, C, H, W), its leading axes as they are."""
+    """A view of an array as (…, C, H, W)."""
     return np.moveaxis(array, -1, -3) if layout[-1] == "C" else array if "C" in layout else array[..., None, :, :]
 
 
-def _natural(path):
-    """To sort names by the numbers in them: frame2 before frame10."""
-    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), path.name)
-
-
-def own_frames(path, data_dir, layout=None, channels=None, colours=1):
+def own_frames(path, data_dir, layout=None, channels=None, colour=False):
     """A user's frames, (N, C, H, W) of numbers, memory-mapped, and how they were read.
 
-    path: a .npy file, or what is unpacked once, into the data folder: a .npz file, a film, or a folder of .npy files,
-    of films or of images. Returns (frames, index), the index with `films` [[first, stop], …], the `layout` of arrays,
-    the number of the first film of the `test` part or None, `notes`, and the `folder` where more may be kept.
+    path: a .npy file; or what is unpacked once into the data folder: a .npz file, a film, a folder of .npy files, of
+    films or of images. Returns (frames, index): `films` [[first, stop], …], the `layout` of arrays, the number of the
+    first film of the array `test` or None, `how` the frames were read and `notes`, the `folder` for what is kept.
+    colour: what ffmpeg reads has 3 channels, unless `channels` says how many.
     """
     if layout not in (None, *LAYOUTS):
-        raise DataError(f"--layout {layout}: one of {', '.join(LAYOUTS)} is needed")
-    kind, sources, passed = path.suffix.lower(), [path], []
-    if path.is_dir():
-        there = sorted((entry for entry in path.iterdir() if not entry.name.startswith(".")), key=_natural)
-        sources = next(filter(None, ([entry for entry in there if entry.suffix.lower() in kinds]
-                                     for kinds in ((".npy",), VIDEOS, IMAGES))), [])
+        raise DataError(f"--layout {layout} is none of {', '.join(LAYOUTS)}")
+    kind, sources, passed, files = path.suffix.lower(), [path], [], not path.is_dir()
+    if not files:
+        there = sorted((entry for entry in path.iterdir() if not entry.name.startswith(".")),
+                       key=lambda entry: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), entry.name))
+        kinds = [[entry for entry in there if entry.suffix.lower() in kinds] for kinds in ((".npy",), VIDEOS, IMAGES)]
+        sources = next(filter(None, kinds), [])
         if not sources:
-            raise DataError(f"{path} is {'a' if there else 'an empty'} folder: a folder of .npy files, of films or of "
-                            f"images is needed")
+            raise DataError(f"{path} is {'a' if there else 'an empty'} folder: --data takes one of .npy files, of "
+                            f"films or of images")
         kind, passed = sources[0].suffix.lower(), [entry.name for entry in there if entry not in sources]
     arrays = kind in (".npy", ".npz")
     if not arrays and kind not in VIDEOS + IMAGES:
         raise DataError(f"{path} is no array (.npy, .npz), film ({', '.join(VIDEOS)}) or image ({', '.join(IMAGES)})")
-    if wrong := "--channels" if arrays and channels else "--layout" if layout and not arrays else None:
-        raise DataError(f"{wrong} is for {'films and images' if arrays else 'arrays'}, not for {path}")
-    where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]
-    folder = Path(data_dir) / "own" / f"{path.stem}-{where}"
-    if kind == ".npy" and not path.is_dir():
-        frames, index = _map(path, layout)
+    if arrays and channels or layout and not arrays:
+        raise DataError(f"--{'channels is for films and images' if arrays else 'layout is for arrays'}, not for {path}")
+    channels = channels or (3 if colour else 1)
+    mark = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]
+    folder = Path(data_dir) / "own" / f"{path.stem}-{mark}"
+    if files and kind == ".npy":
+        with reading(path) as file:
+            shape, _ = _header(file, path)
+            axes = _layout(shape, layout, path)
+            array = _channels_first(np.lib.format.open_memmap(path, mode="r"), axes)
+            frames = array.reshape(-1, *array.shape[-3:])
+        index = {"films": _films(0, len(frames), axes, shape), "layout": axes, "test": None, "notes": []}
     else:
         made = [place for place in (folder, *folder.parents) if not place.exists()]
         _folder(folder)
         try:
             frames, index = unpack_once(folder, sources, None, None, lambda writer: _unpack_own(
-                writer, path, sources, kind, layout, channels or colours), f"{layout} {channels or colours}")
+                writer, path, sources, kind, layout, channels), f"{layout} {channels}")
         except DataError:
             with contextlib.suppress(OSError):
                 for place in made:
                     place.rmdir()
             raise
-    notes = index["notes"] + ([f"{path}: {len(passed)} files passed over, such as {passed[0]}"] if passed else [])
-    return frames, index | {"notes": notes, "folder": folder}
+    how = f"read as {index['layout']}" if arrays else f"read by ffmpeg as 8-bit {'colour' if channels == 3 else 'grey'}"
+    how += "; --layout MTHW takes the first axis for films" * (layout is None and index["layout"] == "NCHW")
+    notes = [f"{len(passed)} files passed over, such as {passed[0]}"] if passed else []
+    return frames, index | {"how": how, "notes": index["notes"] + notes, "folder": folder}
 
 
-def _map(path, layout):
-    """`own_frames` of a .npy file."""
-    try:
-        with open(path, "rb") as file:
-            shape, _ = _header(file, path)
-        layout = _layout(shape, layout, path)
-        array = _channels_first(np.load(path, mmap_mode="r", allow_pickle=False), layout)
-    except READ_ERRORS as error:
-        raise _cannot_read(path, error) from None
-    frames = array.reshape(-1, *array.shape[-3:])
-    return frames, {"films": _films(0, len(frames), shape[1] if layout[0] == "M" else None), "layout": layout,
-                    "test": None, "notes": []}
-
-
-def _films(first, stop, length=None):
-    """[[first, stop], …] of the films of some length in frames first … stop - 1; None: one film."""
-    return [[at, at + (length or stop - first)] for at in range(first, stop, length or stop - first)]
+def _films(first, stop, axes="N", shape=()):
+    """The films [first, stop] in frames first … stop - 1: one, or those of an array."""
+    length = shape[1] if axes[0] == "M" else stop - first
+    return [[at, at + length] for at in range(first, stop, length)]
 
 
 def _unpack_own(writer, path, sources, kind, layout, channels):
-    """Append the frames of one or more files of a kind. The index: see `own_frames`."""
+    """Append the frames of all files of a kind. The index: see `own_frames`."""
     index = {"films": [], "layout": "NHW" if channels == 1 else "NHWC", "test": None, "notes": []}
 
-    def add(pieces, label, length=None):
+    def add(pieces, label, *about):
         first = writer.count
         for piece in pieces:
             if writer.shape is None:
                 writer.dtype, writer.shape = piece.dtype, piece.shape[1:]
             if (piece.dtype, piece.shape[1:]) != (writer.dtype, writer.shape):
-                raise DataError(f"{label} has frames {piece.shape[1:]} {piece.dtype}, what is before it has "
-                                f"{writer.shape} {writer.dtype}: they must be alike")
+                raise DataError(f"{label} has frames {piece.shape[1:]} of {piece.dtype}, those before it are "
+                                f"{writer.shape} of {writer.dtype}: they must be alike")
             writer.add(piece)
             bar.update(len(piece))
-        index["films"] += _films(first, writer.count, length)
+        index["films"] += _films(first, writer.count, *about)
 
     def add_array(file, size, label):
         shape, dtype = _header(file, label)
         index["layout"] = axes = _layout(shape, layout, label)
-        lead = 2 if axes[0] == "M" else 1
-        add(_pieces(file, size, label, shape, dtype, axes[lead:]), label, shape[1] if lead == 2 else None)
+        add(_pieces(file, size, label, shape, dtype, axes.lstrip("NMT")), label, axes, shape)
 
-    with progress(desc=f"unpacking {path.name}", unit="frame") as bar:
-        try:
-            if kind == ".npz":
-                with zipfile.ZipFile(path) as archive:
-                    names = [name.removesuffix(".npy") for name in archive.namelist()]
-                    if not names:
-                        raise DataError(f"{path} holds no array: save numpy.savez(path, train=a, test=b), or one array "
-                                        f"for each film")
-                    parts = ["train", "test"] if {"train", "test"} <= set(names) else names
-                    if len(parts) < len(names):
-                        index["notes"].append(f"{path}: only its arrays train and test were read")
-                    for name in parts:
-                        if name == "test" and parts == ["train", "test"]:
-                            index["test"] = len(index["films"])
-                        size = archive.getinfo(f"{name}.npy").file_size
-                        with archive.open(f"{name}.npy") as file:
-                            add_array(file, size, f"{path} ({name})")
-            elif kind == ".npy":
-                for source in sources:
-                    with open(source, "rb") as file:
+    with progress(desc=f"unpacking {printable(path.name)}", unit="frame") as bar:
+        if kind == ".npz":
+            with reading(path) as file, zipfile.ZipFile(file) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+                parts = ["train", "test"] if {"train", "test"} <= set(names) else names
+                if not names:
+                    raise DataError(f"{path} holds no array: numpy.savez(path, train=a, test=b), or an array a film")
+                if len(parts) < len(names):
+                    index["notes"].append(f"of its {len(names)} arrays only train and test were read")
+                for name in parts:
+                    if parts == ["train", "test"] and name == "test":
+                        index["test"] = len(index["films"])
+                    with archive.open(f"{name}.npy") as array:
+                        add_array(array, archive.getinfo(f"{name}.npy").file_size, f"{path} ({name})")
+        elif kind in IMAGES:
+            add(_images(sources, channels, index["notes"]), path)
+        else:
+            for source in sources:
+                with reading(source) as file:
+                    if kind == ".npy":
                         add_array(file, source.stat().st_size, source)
-            elif kind in VIDEOS:
-                for source in sources:
-                    add(_decoded(source, channels, index["notes"]), source)
-            else:
-                add(_images(sources, channels, index["notes"]), path)
-        except READ_ERRORS + (KeyError,) as error:
-            raise _cannot_read(path, error) from None
+                    else:
+                        add(_decoded(source, channels, index["notes"]), source)
     return index
 
 
@@ -887,13 +869,12 @@ def _pieces(file, size, label, shape, dtype, axes):
 def _decoded(path, channels, notes, *options):
     """The frames of a film, or the one of an image, uint8 (1, C, H, W) each, through the program ffmpeg.
 
-    channels: 1, grey, or 3, red, green and blue. What ffmpeg finds wrong with a file that it reads goes to the notes.
+    channels: 1, grey, or 3, red, green and blue. What ffmpeg finds wrong in a file that it reads goes to the notes.
     """
-    codec, pixels = ("pgm", "gray") if channels == 1 else ("ppm", "rgb24")
+    codec, pixels, count = *(("pgm", "gray") if channels == 1 else ("ppm", "rgb24")), 0
     command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file", "-i", f"file:{path}", *options,
                "-vf", "setpts=N/FRAME_RATE/TB",    # every frame once, whatever the times in the file
                "-f", "image2pipe", "-c:v", codec, "-pix_fmt", pixels, "-"]
-    count = 0
     with tempfile.TemporaryFile() as said:
         try:
             program = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
@@ -912,36 +893,38 @@ def _decoded(path, channels, notes, *options):
                 program.kill()
                 raise
         said.seek(0)
-        line = said.read(500).decode(errors="replace").strip().split("\n")[0]
+        line = said.read(500).decode(errors="replace").split("\n")[0]
     if program.returncode or not count:
-        raise DataError(f"{path} cannot be read by ffmpeg: {line or 'no frame in it'}")
+        raise DataError(f"{path} cannot be read by ffmpeg: {line or 'it has no frame'}")
     if line:
-        notes.append(f"{path}: ffmpeg read {count} frames and says: {line}")
+        notes.append(f"ffmpeg read {count} frames of {path.name} and says: {line}")
 
 
 def _images(paths, channels, notes):
-    """The frames of one film that lies as images, in the order of their names, uint8 (1, C, H, W) each."""
+    """The frames of a film that lies as images, in the order of their names, uint8 (1, C, H, W) each."""
+    def one(path):
+        with reading(path):
+            return next(iter([*_decoded(path, channels, notes, "-frames:v", "1")]))
+
     first = None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for at in range(0, len(paths), 64):
-            some = paths[at:at + 64]
-            for path, (frame,) in zip(some, pool.map(lambda path: [*_decoded(path, channels, notes, "-frames:v", "1")],
-                                                     some)):
-                first = frame.shape if first is None else first
-                if frame.shape != first:
+            for path, frame in zip(paths[at:], pool.map(one, paths[at:at + 64])):
+                first = frame if first is None else first
+                if frame.shape != first.shape:
                     raise DataError(f"{path} has {frame.shape[3]} x {frame.shape[2]} pixels, {paths[0].name} "
-                                    f"{first[3]} x {first[2]}: the images of a folder must be alike")
+                                    f"{first.shape[3]} x {first.shape[2]}: the images of a folder must be alike")
                 yield frame
 
 
-def frame_ranges(frames, name, first=0):
+def frame_ranges(frames, name):
     """The lowest and the highest value in each channel of each frame, and how many are missing (NaN): (N, C, 3).
 
-    Looked at in pieces. DataError at infinity. first: the number of the first frame in the file, for the message.
+    Looked at in pieces. DataError at infinity.
     """
     ranges = np.zeros((*frames.shape[:2], 3))
     step = max(1, PIECE // frames[0].nbytes)
-    with progress(total=len(frames), desc=f"checking {name}", disable=len(frames) <= step) as bar:
+    with progress(total=len(frames), desc=f"checking {printable(name)}", disable=len(frames) <= step) as bar:
         for at in range(0, len(frames), step):
             piece, found = frames[at:at + step], ranges[at:at + step]
             found[..., 0], found[..., 1] = piece.min((2, 3)), piece.max((2, 3))
@@ -949,24 +932,19 @@ def frame_ranges(frames, name, first=0):
                 found[..., 0], found[..., 1] = (end.reduce(piece, axis=(2, 3)) for end in (np.fmin, np.fmax))
                 found[..., 2] = np.isnan(piece).sum((2, 3))
             if np.isinf(found).any():
-                frame = first + at + int(np.isinf(found).any((1, 2)).argmax())
-                raise DataError(f"{name} has infinity in frame {frame}: where it means no data, save "
-                                f"numpy.where(numpy.isfinite(a), a, numpy.nan)")
+                raise DataError(f"{name} has infinity in frame {at + int(np.isinf(found).any((1, 2)).argmax())}: where "
+                                f"it means no data, save numpy.where(numpy.isfinite(a), a, numpy.nan)")
             bar.update(len(piece))
     return ranges
 
 
 def _kept_ranges(frames, name, folder):
     """`frame_ranges` of a mapped file, kept in `folder` until the file's size or time of change is another."""
-    file = Path(frames.filename)
-    state = [str(file), file.stat().st_size, file.stat().st_mtime_ns, frames.shape, frames.strides]
+    stat = os.stat(frames.filename)
+    state = [str(frames.filename), stat.st_size, stat.st_mtime_ns, frames.shape, frames.strides]
     kept = folder / f"ranges-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.npy"
-    try:
-        ranges = np.load(kept)
-        if ranges.shape == (*frames.shape[:2], 3):
-            return ranges
-    except READ_ERRORS:
-        pass
+    with contextlib.suppress(DataError), reading(kept) as file:
+        return np.lib.format.read_array(file).reshape(*frames.shape[:2], 3)
     ranges = frame_ranges(frames, name)
     _folder(folder)
     for old in folder.glob("ranges-*.npy"):
@@ -975,56 +953,83 @@ def _kept_ranges(frames, name, folder):
     return ranges
 
 
-def _scale_of_training(name, frames, stop, ranges=None, per_channel=False):
-    """From the range of frames 0 … stop - 1, the training side, to pixels: (scale, notes). The rest is the test's.
-
-    ranges: of `frame_ranges`. One scale for all channels, or one for each. Few values that leave the others a tenth of
-    the scale at most are said: such as -9999 are no measurements.
-    """
-    ranges = frame_ranges(frames, name) if ranges is None else ranges
-    groups = [[channel] for channel in range(frames.shape[1])] if per_channel else [list(range(frames.shape[1]))]
-    ends, notes = [], []
-    for channels in groups:
-        where = f"{name}, channel {channels[0]}" if len(groups) > 1 else name
-        (low, high), (least, most) = (_ends(part[:, channels]) for part in (ranges[:stop], ranges[stop:]))
-        if not low < high:
-            what = "has no data" if math.isnan(low) else f"is {low:g} everywhere"
-            raise DataError(f"{where}: the training part {what}, so it has no scale: --normalize LOW HIGH gives one")
-        notes.append(f"{where}: scaled by the training part's minimum and maximum, {low:g} and {high:g}")
-        if least < low or most > high:
-            notes.append(f"{where}: the test part goes from {least:g} to {most:g} and is clipped")
-        every, y, x = (-(-n // some) for n, some in zip((stop, *frames.shape[2:]), (64, 256, 256)))
-        values = frames[:stop:every, channels, ::y, ::x].astype(float)
-        notes += _lone_extremes(where, np.r_[values.ravel(), ranges[:stop, channels, :2].ravel()])
-        ends.append((low, high))
-    return _scale(name, *(map(list, zip(*ends)) if len(ends) > 1 else ends[0])), notes
-
-
 def _ends(ranges):
     """The lowest and the highest value in ranges of `frame_ranges`; NaN where there is none."""
     return tuple(float(end.reduce(ranges[..., k], None, initial=np.nan)) for k, end in enumerate((np.fmin, np.fmax)))
 
 
-def _scale(name, low, high):
-    """A `Scale`; DataError if it is none."""
-    if not np.isfinite(np.subtract(high, low)).all() or not np.less(low, high).all():
-        raise DataError(f"{name}: {low} … {high} is no scale: two finite numbers are needed, the lower first, not "
-                        f"further apart than a float can say")
-    return Scale(low, high)
+def _scale_of_training(name, frames, stop, ranges=None, per_channel=False):
+    """From the range of frames 0 … stop - 1, the training side, to pixels: (scale, notes). The rest is the test's.
+
+    ranges: of `frame_ranges`. One scale for all channels, or one for each. A few values that leave all others a tenth
+    of the scale at most are said: such as -9999 are no measurements.
+    """
+    ranges = frame_ranges(frames, name) if ranges is None else ranges
+    every = list(range(frames.shape[1]))
+    ends, notes = [], []
+    for channels in [[channel] for channel in every] if per_channel else [every]:
+        where = name if channels == every else f"{name}, channel {channels[0]}"
+        (low, high), (least, most) = (_ends(part[:, channels]) for part in (ranges[:stop], ranges[stop:]))
+        if not low < high:
+            what = "has no data" if math.isnan(low) else f"is {low:g} everywhere"
+            raise DataError(f"{where}: the training part {what}, so it has no scale: --normalize LOW HIGH gives one")
+        ends.append((low, high))
+        _scale(where, low, high)
+        notes.append(f"{where}: scaled by the training part's minimum and maximum, {low:g} and {high:g}")
+        if least < low or most > high:
+            notes.append(f"{where}: the test part goes from {least:g} to {most:g} and is clipped")
+        t, y, x = (-(-n // some) for n, some in zip((stop, *frames.shape[2:]), (64, 256, 256)))
+        sample = frames[:stop:t, channels, ::y, ::x].astype(float)
+        notes += _lone_extremes(where, np.r_[sample.ravel(), ranges[:stop, channels, :2].ravel()])
+    return _scale(name, *(map(list, zip(*ends)) if len(ends) > 1 else ends[0])), notes
 
 
 def _lone_extremes(name, values):
     """A note if at most three values at the ends leave all the others a tenth of the range or less."""
     seen = np.unique(values[np.isfinite(values)])
-    for count in (1, 2, 3):
-        for below in range(count + 1):
-            rest = seen[below:len(seen) - count + below]
-            if len(rest) > 1 and seen[-1] - seen[0] >= 10 * (rest[-1] - rest[0]):
-                alone = [f"{value:g}" for value in seen if not rest[0] <= value <= rest[-1]]
-                return [f"{name}: {', '.join(alone)} squeezes all other values, {rest[0]:g} … {rest[-1]:g}, into "
-                        f"1/{(seen[-1] - seen[0]) / (rest[-1] - rest[0]):.0f} of the scale: if it means no data, save "
-                        f"numpy.where(a == {alone[0]}, numpy.nan, a)"]
-    return []
+    rest, alone = seen, []
+    for count, below in ((count, below) for count in (1, 2, 3) for below in range(count + 1)):
+        inner = rest[below:len(rest) - count + below]
+        if len(alone) + count <= 3 and len(inner) > 1 and (rest[-1] - rest[0]) / 10 >= inner[-1] - inner[0]:
+            rest = inner
+            alone = [f"{value:g}" for value in seen if not rest[0] <= value <= rest[-1]]
+    return [f"{name}: {', '.join(alone)} squeezes all other values, {rest[0]:g} … {rest[-1]:g}, into "
+            f"1/{(seen[-1] - seen[0]) / (rest[-1] - rest[0]):.0f} of the scale; if it means no data, save "
+            f"numpy.where(a == {alone[0]}, numpy.nan, a)"] if alone else []
+
+
+def _scale(name, low, high):
+    """A `Scale`; DataError if it is none."""
+    ends = zip(np.atleast_1d(low).tolist(), np.atleast_1d(high).tolist())
+    if not all(least < most and math.isfinite(most - least) for least, most in ends):
+        raise DataError(f"{name}: {low} … {high} is no scale: two numbers are needed, the lower first, not as far "
+                        f"apart as floats go")
+    return Scale(low, high)
+
+
+def scale_of(info):
+    """The `Scale` of a run's data from their `Clips.info()`, or None where a file's dtype tells it."""
+    note = info.get("scale")
+    return None if note is None else RainScale() if note == "rain" else Scale(*note)
+
+
+def _given_scale(path, frames, ranges, normalize, scale):
+    """The scale of a user's frames from --normalize LOW HIGH, from another run or from their dtype, and notes."""
+    low, high = _ends(ranges)
+    if normalize is None and scale is None:
+        if frames.dtype != np.uint8 and (low < 0 or high > 1):
+            raise DataError(f"{path} goes from {low:g} to {high:g}; what is not uint8 must lie in [0, 1]: --normalize "
+                            f"scales it by the training part's range, --normalize LOW HIGH by two numbers")
+        return LEVELS if frames.dtype == np.uint8 else PLAIN, []
+    found = _scale("--normalize", *map(float, normalize)) if scale is None else scale_of({"scale": scale})
+    if isinstance(found, RainScale):
+        return found, []
+    if np.size(found.low) not in (1, frames.shape[1]):
+        raise DataError(f"{path} has {frames.shape[1]} channels, the run's scale {np.size(found.low)}")
+    notes = [f"{path}: scaled so that {found.low} … {found.high} is 0 … 1"]
+    if low < np.min(found.low) or high > np.max(found.high):
+        notes.append(f"{path}: its values go from {low:g} to {high:g}; what lies outside the scale is clipped")
+    return found, notes
 
 
 def _cut(films, stop, length):
@@ -1040,184 +1045,122 @@ def _starts(films, length, stride=1, first=0, stop=sys.maxsize):
                            for at, end in films])
 
 
-def _long_films(path, films, length, what):
-    """The films of at least `length` frames, and a note if others are passed over; DataError if none is left."""
-    long = [(first, stop) for first, stop in films if stop - first >= length]
-    if not long:
-        raise DataError(f"{path} has films of {max(stop - first for first, stop in films)} frames, fewer than {what}")
-    short = len(films) - len(long)
-    return long, [f"{path}: {short} of {len(films)} films are passed over, shorter than {what}"] if short else []
+class OwnWindows(Windows):
+    """Windows of a user's frames; layout: of the file, one of LAYOUTS."""
+
+    layout = None
+
+    def as_file(self, forecast):
+        """A forecast of all test clips, (M, K, C, H, W), clipped to [0, 1], in units, dtype and layout of the file.
+
+        Where each film has a file of its own, an axis M stands in front.
+        """
+        values, dtype = self.to_units(forecast.detach().cpu().double().clamp(0, 1)).numpy(), self.array.dtype
+        values = values if dtype.kind == "f" else np.rint(values)
+        if dtype.kind != "b":
+            limits = (np.finfo if dtype.kind == "f" else np.iinfo)(dtype)
+            values = values.clip(limits.min, limits.max)
+        values = np.moveaxis(values, 2, -1) if self.layout[-1] == "C" else values
+        values = values if "C" in self.layout else values[:, :, 0]
+        return (values if self.layout[0] == "M" or len(values) > 1 else values[0]).astype(dtype)
 
 
-def _looked_at(path, frames, index, layout, ranges, starts, length):
-    """Notes on how a user's frames were read; DataError if a window has no data at all. ranges: of `frame_ranges`."""
+def _no_empty_window(path, frames, ranges, starts, length):
+    """DataError if a window has no data at all."""
     empty = np.cumsum(np.r_[0, (ranges[..., 2] == math.prod(frames.shape[2:])).all(1)])
     if (nothing := starts[empty[starts + length] - empty[starts] == length]).size:
         raise DataError(f"{path} has no data at all (NaN) in frames {nothing[0]} to {nothing[0] + length - 1}, so a "
                         f"window has none: leave them out, with what is before and after as two arrays of a .npz")
-    films, (low, high) = index["films"], _ends(ranges)
-    counts = sorted({stop - first for first, stop in films})
-    counts = " to ".join(map(str, counts[::max(1, len(counts) - 1)]))
-    text = (f"{path}: {_count(len(films), 'film')} of {counts} frames, {_count(frames.shape[1], 'channel')}, "
-            f"{frames.shape[2]}×{frames.shape[3]}, {frames.dtype} from {low:g} to {high:g}")
-    if layout is None:
-        other = "; --layout MTHW takes the first axis for films" if index["layout"] == "NCHW" else ""
-        text += f", read as {index['layout']}{other}"
-    missing = 100 * ranges[..., 2].sum() / (len(ranges) * math.prod(frames.shape[1:]))
-    return [text, *index["notes"]] + [f"{path}: {missing:.3g}% of the values are missing (NaN): the network reads 0 "
-                                      f"there, and they count in no loss and no score"] * bool(missing)
 
 
-def _count(number, what):
-    return f"{number} {what}{'s' * (number != 1)}"
+def _how_read(path, frames, ranges, index, starts, length, what):
+    """Lines for the log: what a user's file was taken for, and what of it is passed over or missing."""
+    films, (low, high) = [stop - first for first, stop in index["films"]], _ends(ranges)
+    spans = [f"{len(at)} {part} (frames {at[0]} … {at[-1] + length - 1})" for part, at in starts.items() if len(at)]
+    lines = [f"films: {len(films)} of {' to '.join(map(str, sorted({min(films), max(films)})))} frames, channels: "
+             f"{frames.shape[1]}, {frames.shape[2]}×{frames.shape[3]}, {frames.dtype} from {low:g} to {high:g}, "
+             f"{index['how']}; windows of {what}: {', '.join(spans)}", *index["notes"]]
+    if short := sum(film < length for film in films):
+        lines.append(f"{short} of {len(films)} films are passed over, shorter than {what} frames")
+    if missing := ranges[..., 2].sum():
+        lines.append(f"{100 * missing / math.prod(frames.shape):.3g}% of the values are missing (NaN): the network "
+                     f"reads 0 there, and they count in no loss and no score")
+    return [f"{path}: {line}" for line in lines]
 
 
 def open_own(path, data_dir="data", frames_in=None, horizon=None, normalize=None, layout=None, channels=None, unit=None,
-             thresholds=(), scale=None):
+             thresholds=(), scale=None, use="train", takes=None):
     """Windows of a user's file or folder, as `own_frames` reads it. NaN is no data.
 
     The last tenth of the frames, at least one window, is the test part, unless a .npz has a `test`; validation is the
     last tenth of what is left; from three films on, whole films. Training windows begin at every frame, those of
     validation and test every `horizon` frames, so that each frame is forecast once.
 
-    normalize: "range", that of the training part for each channel, or [low, high], which is 0 … 1 in pixels; scale:
-    the "scale" in `Clips.info()` of another run, instead. Without, uint8 is 0 … 255 and all else must lie in [0, 1].
-    layout: of an array, one of LAYOUTS; channels: 3 for colour in what ffmpeg reads; unit, thresholds: as in `Clips`.
+    normalize: "range", each channel's in the training part, or [low, high], to be 0 … 1; scale: instead, the "scale" in
+    another run's `Clips.info()`; without, uint8 is 0 … 255 and all else must lie in [0, 1]. layout: of an array, one of
+    LAYOUTS. channels: 3 for colour in what ffmpeg reads. unit, thresholds: as in `Clips`. use: "test", every window is
+    the test's; "last", the last `frames_in` frames of every film. takes: the frames' C, or C, H, W, if they are given.
     """
-    frames_in, horizon = frames_in or 10, horizon or 10
-    length, what = frames_in + horizon, f"one window of {frames_in or 10} + {horizon or 10}"
-    frames, index = own_frames(path, data_dir, layout, channels)
-    films, notes = _long_films(path, index["films"], length, f"{what}: lower --frames-in or --horizon")
-    stop = films[-1][1]
-    first_test = _cut(films, stop, length) if index["test"] is None else index["films"][index["test"]][0]
-    begin = _cut(films, first_test, length)
-    starts = {"train": _starts(films, length, 1, 0, begin), "valid": _starts(films, length, horizon, begin, first_test),
-              "test": _starts(films, length, horizon, first_test)}
-    if empty := [part for part in starts if not len(starts[part])]:
-        raise DataError(f"{path} has {len(frames)} frames: not {what} each for training, validation and test (none for "
-                        f"{' and '.join(empty)}): lower --frames-in or --horizon")
-    ranges = _kept_ranges(frames, path, index["folder"])
-    read, *about = _looked_at(path, frames, index, layout, ranges, np.concatenate([*starts.values()]), length)
-    if normalize == "range" and scale is None:
-        scale, more = _scale_of_training(path, frames, first_test, ranges, per_channel=True)
-    else:
-        scale, more = _fixed_scale(path, frames, ranges, normalize, scale)
-    spans = ", ".join(f"{len(starts[part])} {name} (frames {starts[part][0]} … {starts[part][-1] + length - 1})" for
-                      part, name in (("train", "training"), ("valid", "validation"), ("test", "test")))
-    notes = [f"{read}; windows of {frames_in} + {horizon}: {spans}", *about, *notes, *more]
-    return Windows(_own_name(path), frames, starts, frames_in, horizon, scale=scale, notes=notes, own=True, unit=unit,
-                   thresholds=thresholds, masked=bool(ranges[..., 2].any()),
-                   test_set=f"frames {starts['test'][0]} to {len(frames) - 1} of {path.name}")
-
-
-def _own_name(path):
-    return "_".join(filter(None, (path.resolve().stem, path.suffix[1:])))
-
-
-def _fixed_scale(path, frames, ranges, normalize=None, scale=None):
-    """The scale of a user's frames from --normalize LOW HIGH, from another run or from their type, and notes."""
-    low, high = _ends(ranges)
     if normalize is not None and scale is not None:
-        raise DataError(f"{path}: --normalize and the scale of the run that is gone on from cannot both be: leave "
-                        f"--normalize out")
-    if normalize is None and scale is None:
-        if frames.dtype != np.uint8 and (low < 0 or high > 1):
-            raise DataError(f"{path} goes from {low:g} to {high:g}: what is not uint8 must lie in [0, 1]; --normalize "
-                            f"scales it by the training part's range, --normalize LOW HIGH by these two numbers")
-        return LEVELS if frames.dtype == np.uint8 else PLAIN, []
-    found = _scale("--normalize", *normalize) if scale is None else scale_of({"scale": scale})
-    if isinstance(found, RainScale):
-        return found, []
-    if np.size(found.low) not in (1, frames.shape[1]):
-        raise DataError(f"{path} has {frames.shape[1]} channels, the run's scale {np.size(found.low)}")
-    notes = [f"{path}: scaled so that {found.low} … {found.high} is 0 … 1"]
-    if low < np.min(found.low) or high > np.max(found.high):
-        notes.append(f"{path}: its values go from {low:g} to {high:g}; those outside are clipped")
-    return found, notes
-
-
-def scale_of(info):
-    """The `Scale` of a run's data from their `Clips.info()`, or None where a file's dtype tells it."""
-    note = info.get("scale")
-    return None if note is None else RainScale() if note == "rain" else Scale(*note)
-
-
-def _frames_for(path, data_dir, info, options, any_size):
-    """`own_frames` for a trained run: DataError where the frames are not as the model of `info` takes them."""
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path} does not exist")
-    frames, index = own_frames(path, data_dir, options.get("layout"), options.get("channels"), info["channels"])
-    takes = (info["channels"], *info["size"])
-    if frames.shape[1] != takes[0] or not any_size and frames.shape[1:] != takes:
+        raise DataError(f"{path} gets the scale of the run that is gone on from: leave --normalize out")
+    frames_in = frames_in or 10
+    horizon = 0 if use == "last" else horizon or 10
+    length, what = frames_in + horizon, f"{frames_in} + {horizon}" if horizon else f"{frames_in}"
+    frames, index = own_frames(path, data_dir, layout, channels, colour=takes is not None and takes[0] == 3)
+    if takes and frames.shape[1:len(takes) + 1] != takes:
         has, takes = (" x ".join(map(str, shape)) for shape in (frames.shape[1:], takes))
         raise DataError(f"{path} has frames of {has} (channels, height, width), the model takes {takes}")
-    return path, frames, index
-
-
-def open_test(path, data_dir, info, options=None, horizon=None, any_size=False):
-    """A user's file or folder of which every window is for the test, in the scale of a run on the data of `info`.
-
-    options: "layout", "channels", "unit", "thresholds", as in `open_own`, where given.
-    """
-    options = options or {}
-    path, frames, index = _frames_for(path, data_dir, info, options, any_size)
-    frames_in, horizon = info["frames_in"], horizon or info["test_horizon"]
-    length, none = frames_in + horizon, np.empty(0, np.int64)
-    films, notes = _long_films(path, index["films"], length, f"one window of {frames_in} + {horizon}: lower --horizon")
-    starts = {"train": none, "valid": none, "test": _starts(films, length, horizon)}
+    every = index["films"]
+    films = [film for film in every if film[1] - film[0] >= length]
+    if not films:
+        way_out = {"train": ": lower --frames-in or --horizon", "test": ": lower --horizon"}.get(use, "")
+        raise DataError(f"{path} has films of {max(stop - first for first, stop in every)} frames, fewer than one "
+                        f"window of {what}{way_out}")
+    none = np.empty(0, np.int64)
+    if use == "train":
+        first_test = _cut(films, films[-1][1], length) if index["test"] is None else every[index["test"]][0]
+        begin = _cut(films, first_test, length)
+        starts = {"train": _starts(films, length, 1, 0, begin), "test": _starts(films, length, horizon, first_test),
+                  "valid": _starts(films, length, horizon, begin, first_test)}
+        if empty := [part for part in starts if not len(starts[part])]:
+            raise DataError(f"{path} has {len(frames)} frames: not one window of {what} each for training, validation "
+                            f"and test (none for {' and '.join(empty)}): lower --frames-in or --horizon")
+    else:
+        test = _starts(films, length, horizon) if horizon else np.array([stop - length for _, stop in films])
+        starts = {"train": none, "valid": none, "test": test}
     ranges = _kept_ranges(frames, path, index["folder"])
-    about = _looked_at(path, frames, index, options.get("layout"), ranges, starts["test"], length)
-    scale, more = _fixed_scale(path, frames, ranges, None, info.get("scale"))
-    return Windows(_own_name(path), frames, starts, frames_in, horizon, scale=scale, notes=[*about, *notes, *more],
-                   own=True, unit=options.get("unit", info.get("unit")), masked=bool(ranges[..., 2].any()),
-                   thresholds=options.get("thresholds", info.get("thresholds", ())), test_set=f"all of {path.name}")
+    _no_empty_window(path, frames, ranges, np.concatenate([*starts.values()]), length)
+    if normalize == "range":
+        scale, notes = _scale_of_training(path, frames, first_test, ranges, per_channel=True)
+    else:
+        scale, notes = _given_scale(path, frames, ranges, normalize, scale)
+    notes = _how_read(path, frames, ranges, index, starts, length, what) + notes
+    name = "_".join(filter(None, (path.resolve().stem, path.suffix[1:])))
+    clips = OwnWindows(name, frames, starts, frames_in, horizon, scale=scale, unit=unit, thresholds=thresholds,
+                       masked=bool(ranges[..., 2].any()), own=True, notes=notes,
+                       test_set=f"frames {starts['test'][0]} to {starts['test'][-1] + length - 1} of {path.name}")
+    clips.layout = index["layout"]
+    return clips
 
 
-class Films(Windows):
-    """Films of a user's, to be forecast beyond their end from the last `frames_in` frames of each."""
+def open_test(path, data_dir, info, options=None, horizon=None, any_size=False, use="test"):
+    """A user's file or folder of which every window is the test's, for a run on the data of `info`, in their scale.
 
-    def __init__(self, layout, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.layout, self.count = layout, self.test_count
-
-    def frames(self, start, stop, device="cpu"):
-        """Films start … stop - 1: float32 (b, frames_in, C, H, W) in [0, 1], NaN where there are no data."""
-        return self.test(start, stop, device)
-
-    def as_file(self, forecast):
-        """A forecast of all films, (M, K, C, H, W), as an array of the file's own units, dtype and axes.
-
-        It is clipped to [0, 1] first. Several films of one frame axis each have an axis M in front.
-        """
-        values, dtype = self.to_units(forecast.detach().cpu().double().clamp(0, 1)).numpy(), self.array.dtype
-        if dtype.kind in "iu":
-            values = np.rint(values).clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
-        if self.layout[-1] == "C":
-            values = np.moveaxis(values, 2, -1)
-        elif "C" not in self.layout:
-            values = values[:, :, 0]
-        return (values if self.layout[0] == "M" or self.count > 1 else values[0]).astype(dtype)
+    info: the `Clips.info()` of those data: the frames_in, channels and size that the model takes (any_size: whatever
+    the size), their scale, unit and thresholds. options: those of `open_own` that say how the file is to be read.
+    """
+    path = Path(path)
+    if not os.path.exists(path):
+        raise DataError(f"{path} does not exist")
+    options = {"unit": info.get("unit"), "thresholds": info.get("thresholds", ()), **(options or {})}
+    takes = (info["channels"], *(() if any_size else info["size"]))
+    return open_own(path, data_dir, info["frames_in"], horizon or info["test_horizon"], scale=info.get("scale"),
+                    use=use, takes=takes, **options)
 
 
 def open_films(path, data_dir, info, options=None, any_size=False):
-    """A user's file or folder of films, to be forecast by a model that was trained on the data of `info`.
-
-    info: the `Clips.info()` of those data: frames_in, channels and size that the model takes (any_size: whatever the
-    size), and the scale, if they have one of their own. options: "layout", "channels", as in `open_own`, where given.
-    """
-    options = options or {}
-    path, frames, index = _frames_for(path, data_dir, info, options, any_size)
-    frames_in, none = info["frames_in"], np.empty(0, np.int64)
-    films, notes = _long_films(path, index["films"], frames_in, f"the {frames_in} that the model reads")
-    starts = np.array([stop - frames_in for _, stop in films], np.int64)
-    ranges = np.concatenate([frame_ranges(frames[start:start + frames_in], path, start) for start in starts])
-    about = _looked_at(path, frames, index, options.get("layout"), ranges, np.arange(0, len(ranges), frames_in),
-                       frames_in)
-    scale, more = _fixed_scale(path, frames, ranges, None, info.get("scale"))
-    return Films(index["layout"], _own_name(path), frames, {"train": none, "valid": none, "test": starts}, frames_in, 0,
-                 scale=scale, notes=[*about, *notes, *more], own=True, unit=info.get("unit"),
-                 masked=bool(ranges[..., 2].any()))
+    """The last frames of every film in a user's file or folder, as `test` clips, to be forecast: see `open_test`."""
+    return open_test(path, data_dir, info, options, None, any_size, "last")
 
 
 # --------------------------------------------------------------------------- datasets unpacked once into one long array

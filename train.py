@@ -984,18 +984,18 @@ def command_predict(args):
         say(note)
     horizon, source = args.horizon or config["horizon"], Path(args.data)
     forecast, found = Forecaster(fitted(run.model, config, films.size), config), []
-    for start in tqdm(range(0, films.count, EVAL_BATCH), desc="forecast", disable=not on_terminal()):
-        frames = films.frames(start, min(start + EVAL_BATCH, films.count), device)
+    for start in tqdm(range(0, films.test_count, EVAL_BATCH), desc="forecast", disable=not on_terminal()):
+        frames = films.test(start, min(start + EVAL_BATCH, films.test_count), device)
         found.append(forecast(frames, horizon)[:, -horizon:].cpu())
     found, content = torch.cat(found), io.BytesIO()
     array = films.as_file(found)
     np.save(content, array)
     path = write_new(run.folder, f"predict-{source.stem}", ".npy", content.getbuffer())
-    known = films.frames(0, 1)[0]
+    known = films.test(0, 1)[0]
     film = metrics.Film("", len(known), known, {"": found[0].clamp(0, 1)})
     title = label_of(config, films, run.checkpoint["iteration"])
     picture = data.write_whole(path.with_suffix(".png"), metrics.png(metrics.film_sheet([film], title)))
-    say(f"{path}: {array.dtype} {array.shape}, {horizon} frames beyond the end of {films.count} film(s)\n"
+    say(f"{path}: {array.dtype} {array.shape}, {horizon} frames beyond the end of {films.test_count} film(s)\n"
         f"{picture}: the first of them")
 
 
