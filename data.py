@@ -31,11 +31,9 @@ import sys
 import tarfile
 import tempfile
 import threading
-import tokenize
 import urllib.request
 import warnings
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import lru_cache
@@ -478,14 +476,6 @@ def _open_regular(path, flags):
         os.close(handle)
         raise ValueError("it is a folder" if S_ISDIR(mode) else "it is no regular file")
     return handle
-
-
-READ_ERRORS = (OSError, EOFError, ValueError, TypeError, RuntimeError, OverflowError, SyntaxError, zlib.error,
-               zipfile.BadZipFile, tokenize.TokenError)    # TokenError, SyntaxError: numpy's, of broken headers
-
-
-def _cannot_read(path, error):
-    return DataError(f"{path} cannot be read: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def _folder(path, way_out=""):
