@@ -1137,15 +1137,16 @@ def open_test(path, data_dir, info, options=None, horizon=None, any_size=False, 
     """A user's file or folder of which every window is the test's, for a run on the data of `info`, in their scale.
 
     info: the `Clips.info()` of those data: the frames_in, channels and size that the model takes (any_size: whatever
-    the size), their scale, unit and thresholds. options: those of `open_own` that say how the file is to be read.
+    the size), their scale, unit and thresholds. options: layout, unit and thresholds of `open_own`, where given.
     """
-    path = Path(path)
+    path, options = Path(path), options or {}
     if not os.path.exists(path):
         raise DataError(f"{path} does not exist")
-    options = {"unit": info.get("unit"), "thresholds": info.get("thresholds", ()), **(options or {})}
+    layout = options.get("layout") if path.is_dir() or path.suffix in (".npy", ".npz") else None
     takes = (info["channels"], *(() if any_size else info["size"]))
-    return open_own(path, data_dir, info["frames_in"], horizon or info["test_horizon"], scale=info.get("scale"),
-                    use=use, takes=takes, **options)
+    return open_own(path, data_dir, info["frames_in"], horizon or info["test_horizon"], layout=layout, use=use,
+                    takes=takes, scale=info.get("scale"), unit=options.get("unit", info.get("unit")),
+                    thresholds=options.get("thresholds", info.get("thresholds", ())))
 
 
 def open_films(path, data_dir, info, options=None, any_size=False):

@@ -802,7 +802,8 @@ def test_films_of_any_form_and_size_are_forecast(tmp_path):
 def test_a_film_of_the_runs_colours_is_forecast(tmp_path):
     frames = colours(9)
     path = encode(tmp_path / "clip.mkv", frames, "-c:v", "ffv1", "-pix_fmt", "gbrp")
-    films = films_of(path, tmp_path, {**INFO, "channels": 3, "size": [16, 24]})
+    # whatever the run's own data needed: a layout, a scale
+    films = films_of(path, tmp_path, {**INFO, "channels": 3, "size": [16, 24]}, layout="NHW", normalize="range")
     saved = films.as_file(films.test(0, 1))
     assert saved.shape == (3, 16, 24, 3) and saved.dtype == np.uint8 and (saved == frames[-3:]).all()
 
