@@ -490,9 +490,11 @@ def _folder(path, way_out=""):
 
 MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
                  "https://storage.googleapis.com/cvdf-datasets/mnist/")
-MNIST_FILES = {  # name: (number of digits, SHA-256 of the unpacked file)
-    "train-images-idx3-ubyte": (60_000, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "t10k-images-idx3-ubyte": (10_000, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+MNIST_FILES = {  # name: (bytes, SHA-256) of the unpacked file, a header of 16 bytes and the digits
+    "train-images-idx3-ubyte": (16 + 60_000 * DIGIT**2,
+                                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+    "t10k-images-idx3-ubyte": (16 + 10_000 * DIGIT**2,
+                               "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
 }
 SILENCE, DOWNLOAD = 30, 600    # seconds without data, and of one download, after which it is given up
 
@@ -513,14 +515,11 @@ def mnist_digits(folder, name):
     return np.frombuffer(content, np.uint8, offset=16).reshape(-1, DIGIT, DIGIT)
 
 
-def _mnist_bytes(name):
-    return 16 + MNIST_FILES[name][0] * DIGIT**2
-
-
 def _mnist_content(file, name):
     """The unpacked bytes of an MNIST file, of which no more are read than it has; ValueError if they are others."""
-    content = file.read(_mnist_bytes(name) + 1)
-    if hashlib.sha256(content).hexdigest() != MNIST_FILES[name][1]:
+    size, checksum = MNIST_FILES[name]
+    content = file.read(size + 1)
+    if hashlib.sha256(content).hexdigest() != checksum:
         raise ValueError("it is not the MNIST file of that name (its checksum differs)")
     return content
 
@@ -530,10 +529,10 @@ def _download_mnist(path):
     faults = []
     for mirror in MNIST_MIRRORS:
         try:
-            content = _fetch(mirror + path.name, _mnist_bytes(path.stem))    # packed, it is smaller
+            content = _fetch(mirror + path.name, MNIST_FILES[path.stem][0])    # packed, it is smaller
             _mnist_content(gzip.GzipFile(fileobj=io.BytesIO(content)), path.stem)
         except Exception as error:    # whatever a server sends, the next one may have the file
-            faults.append(f"{mirror.split('/')[2]}: {error or type(error).__name__}")
+            faults.append(f"{mirror.split('/')[2]}: {str(error) or type(error).__name__}")
         else:
             return write_whole(path, content)
     raise DataError(f"cannot download {path.name} ({'; '.join(faults)}): put the file into {path.parent}, or use "
@@ -1341,15 +1340,19 @@ def open_taxibj(folder, setup="patch4", frames_in=None, horizon=None):
     if there and len(there) < 4:
         raise DataError(f"{folder} lacks {', '.join(path.name for path in files if path not in there)}: all four files "
                         f"are needed")
+    found, cut = None, _taxibj_of_days
     if there or not packed.exists():
         found = unpack_once(folder, there, "<f4", (2, 32, 32), lambda writer: _unpack_taxibj(writer, there), "h5")
-        if found:
-            return _taxibj_of_days(*found, setup, frames_in, horizon)
-    found = unpack_once(folder, [packed] if packed.exists() else [], "<f4", (2, 32, 32),
-                        lambda writer: _unpack_taxibj_npz(writer, packed), "npz")
+    if not found:
+        found, cut = unpack_once(folder, [packed] if packed.exists() else [], "<f4", (2, 32, 32),
+                                 lambda writer: _unpack_taxibj_npz(writer, packed), "npz"), _taxibj_of_clips
     if not found:
         raise _nothing_to_read("taxibj", folder)
-    return _taxibj_of_clips(*found, setup, frames_in, horizon)
+    frames, index = found
+    parts, about = cut(frames, index, frames_in, horizon)
+    if setup == "fullres":
+        frames, about["test_set"] = frames[:, :1], f"{about['test_set']}, inflow alone"
+    return Windows("taxibj", frames, parts, frames_in, horizon, **about)
 
 
 def _unpack_taxibj(writer, files):
@@ -1393,7 +1396,7 @@ def _slot(date):
     return datetime.strptime(text[:8], "%Y%m%d").toordinal() * 48 + number - 1
 
 
-def _taxibj_of_days(frames, index, setup, frames_in, horizon):
+def _taxibj_of_days(frames, index, frames_in, horizon):
     length = frames_in + horizon
     starts = _starts(index["runs"], length)
     if len(starts) <= TAXIBJ_TEST:
@@ -1405,14 +1408,8 @@ def _taxibj_of_days(frames, index, setup, frames_in, horizon):
     notes += [f"TaxiBJ: {train} training, {valid} validation, {test} test windows (the papers: 19,560 training, 1,344 "
               f"test); {len(starts) - train - valid - test} left out, which would share frames with others; "
               f"{index['dropped']} days without all 48 slots dropped"]
-    return _taxibj(frames, parts, setup, frames_in, horizon, scale, "taxis per 30 min",
-                   f"the last {TAXIBJ_TEST} windows", notes)
-
-
-def _taxibj(frames, parts, setup, frames_in, horizon, scale, unit, test_set, notes):
-    if setup == "fullres":
-        frames, test_set = frames[:, :1], f"{test_set}, inflow alone"
-    return Windows("taxibj", frames, parts, frames_in, horizon, scale=scale, unit=unit, test_set=test_set, notes=notes)
+    return parts, {"scale": scale, "unit": "taxis per 30 min", "test_set": f"the last {TAXIBJ_TEST} windows",
+                   "notes": notes}
 
 
 def _unpack_taxibj_npz(writer, path):
@@ -1437,7 +1434,7 @@ def _unpack_taxibj_npz(writer, path):
     return counts
 
 
-def _taxibj_of_clips(frames, index, setup, frames_in, horizon):
+def _taxibj_of_clips(frames, index, frames_in, horizon):
     if frames_in + horizon > 8:
         raise DataError(f"taxibj: the clips of dataset.npz have 8 frames, fewer than --frames-in {frames_in} and "
                         f"--horizon {horizon}")
@@ -1447,8 +1444,8 @@ def _taxibj_of_clips(frames, index, setup, frames_in, horizon):
     parts = {part: 8 * parts[part] for part in parts}
     notes = [f"TaxiBJ: {len(parts['train'])} training and {len(parts['valid'])} validation clips of {index['train']}, "
              f"so that none share frames; {len(parts['test'])} test clips"]
-    return _taxibj(frames, parts, setup, frames_in, horizon, Scale(-1.0, 1.0), "flow scaled to [-1, 1]",
-                   "X_test and Y_test of dataset.npz", notes)
+    return parts, {"scale": Scale(-1.0, 1.0), "unit": "flow scaled to [-1, 1]",
+                   "test_set": "X_test and Y_test of dataset.npz", "notes": notes}
 
 
 # ------------------------------------------------------------------------------------------------------------------ KTH

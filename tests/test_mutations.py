@@ -178,7 +178,7 @@ def to_forecast(folder, monkeypatch):
 def mnist(folder, monkeypatch, pack=True):
     name = "train-images-idx3-ubyte"
     content = bytes(16) + np.random.default_rng(0).integers(0, 256, 50 * 28**2, np.uint8).tobytes()
-    monkeypatch.setattr(data, "MNIST_FILES", {name: (50, hashlib.sha256(content).hexdigest())})
+    monkeypatch.setattr(data, "MNIST_FILES", {name: (len(content), hashlib.sha256(content).hexdigest())})
     monkeypatch.setattr(data, "MNIST_MIRRORS", ())
     (folder / (name + pack * ".gz")).write_bytes(gzip.compress(content) if pack else content)
     return name + pack * ".gz", lambda: data.mnist_digits(folder, name)
