@@ -931,14 +931,14 @@ def _kept_ranges(frames, name, folder):
     """`frame_ranges` of a mapped file, kept in `folder` until the file's size or time of change is another."""
     stat = os.stat(frames.filename)
     state = [str(frames.filename), stat.st_size, stat.st_mtime_ns, frames.shape, frames.strides]
-    kept = folder / f"ranges-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.npy"
+    kept = folder / f"ranges-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}"
     with contextlib.suppress(DataError), reading(kept) as file:
-        return np.lib.format.read_array(file).reshape(*frames.shape[:2], 3)
+        if file.read(32) == hashlib.sha256(content := file.read()).digest():
+            return np.frombuffer(content).reshape(*frames.shape[:2], 3)
     ranges = frame_ranges(frames, name)
     _folder(folder)
-    for old in folder.glob("ranges-*.npy"):
-        old.unlink(missing_ok=True)
-    write_whole(kept, lambda file: np.save(file, ranges))
+    remove(*folder.glob("ranges-*"))
+    write_whole(kept, hashlib.sha256(ranges.tobytes()).digest() + ranges.tobytes())
     return ranges
 
 
@@ -1661,7 +1661,7 @@ def _composites(sources, unread):
             before = bar.n
             with reading(path) as file:
                 for name, content in _radolan(file, path.name, unread):
-                    yield _composite(content, path if name == path.name else f"{path} ({name})")
+                    yield _composite(content, name)
                     bar.update(before + file.tell() - bar.n)
 
 
@@ -1688,7 +1688,7 @@ def _radolan(file, name, unread):
         pass
 
 
-def _composite(content, label):
+def _composite(content, name):
     """(minutes, function that gives mm per 5 minutes, float64 (900, 900), north first) of a RADOLAN composite.
 
     A text header up to the byte 0x03, then little-endian uint16: the low 12 bits the value; 0x1000 a secondary value,
@@ -1707,19 +1707,15 @@ def _composite(content, label):
     fields = {key: re.search(pattern, text) for key, pattern in
               (("PR", r"PR *(E[+-]\d\d)"), ("INT", r"INT *(\d+)"), ("GP", r"GP *(\d+)x *(\d+)"))}
     if not (mark and match and all(fields.values())):
-        raise DataError(f"{label} has no RADOLAN header")
+        raise ValueError(f"{name} has no RADOLAN header")
     grid = tuple(map(int, fields["GP"].groups()))
     if (match[1] not in ("RY", "YW") or (fields["PR"][1], int(fields["INT"][1])) != ("E-02", 5)
             or grid not in ((900, 900), (1100, 900))):
-        raise DataError(f"{label} is not a 5-minute RY or YW composite of 900 x 900 or 1100 x 900 in 0.01 mm, but "
-                        f"{match[1]}, {fields['PR'][1]}, {int(fields['INT'][1])} minutes, {grid[0]} x {grid[1]}")
+        raise ValueError(f"{name} is not a 5-minute RY or YW composite of 900 x 900 or 1100 x 900 in 0.01 mm, but "
+                         f"{match[1]}, {fields['PR'][1]}, {int(fields['INT'][1])} minutes, {grid[0]} x {grid[1]}")
     if len(body) != 2 * grid[0] * grid[1]:
-        raise DataError(f"{label} has {len(body)} bytes of data, not {2 * grid[0] * grid[1]}")
-    day, month = match[2], match[3]
-    try:
-        time = _minutes(datetime.strptime(month[2:] + month[:2] + day, "%y%m%d%H%M"))
-    except ValueError:
-        raise DataError(f"{label} has no date in its header, but {day} {month}") from None
+        raise ValueError(f"{name} has {len(body)} bytes of data, not {2 * grid[0] * grid[1]}")
+    time = _minutes(datetime.strptime(match[2] + match[3], "%d%H%M%m%y"))
 
     def values():
         raw = np.frombuffer(body, "<u2").reshape(grid)

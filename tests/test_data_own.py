@@ -103,8 +103,8 @@ def test_an_npz_has_a_training_and_a_test_part(tmp_path):
         assert clips.name == "two_npz" and max(max(w) for w in all_training(clips)) == 44
         assert everything(clips, "valid")[0] == [45, 46, 47, 48, 49]
         assert [w[0] for w in everything(clips, "test")] == [100, 102, 104, 106]
-        copies = sorted((tmp_path / "data" / "own").glob("two-*/*.npy"))
-        assert len(copies) == 2                                                         # the old copies are gone
+        copies = sorted((tmp_path / "data" / "own").glob("two-*/*"))
+        assert len(copies) == 3                                   # array, index, ranges: the old copies are gone
         times = [copy.stat().st_mtime_ns for copy in copies]
         opened(path, tmp_path)
         assert [copy.stat().st_mtime_ns for copy in copies] == times                    # unpacked once

@@ -95,7 +95,7 @@ def others():
 def no_file(path, content, numbers):
     kinds = (os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink(path, path),
              lambda path: os.symlink("nowhere", path), lambda path: None, os.mkdir)
-    numbers.choice(kinds[:-1] if path.name.startswith("frames-") else kinds)(path)    # a folder is never replaced
+    numbers.choice(kinds[:-1] if path.name.startswith(("frames-", "ranges-")) else kinds)(path)    # ours is no folder
 
 
 MUTATIONS = (cut, flip, flip, edit_header, edit_digits, splice, append, packed, another_kind, another_kind, no_file)
@@ -258,9 +258,9 @@ def clips(opened):
     return [part.numpy() for part in (opened.train(0, 0, 2), opened.valid(0, 2), opened.test(0, 2))]
 
 
-KINDS = (mnist, mnist_plain, taxibj, taxibj_clips, kth, radolan, radolan_packed,
+KINDS = (own, own_packed, to_forecast, mnist, mnist_plain, taxibj, taxibj_clips, kth, radolan, radolan_packed,
          radolan_archive, rydl, typhoon, typhoon_packed)
-OURS = (taxibj, kth, typhoon)
+OURS = (own, own_packed, taxibj, kth, typhoon)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tests
