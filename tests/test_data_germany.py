@@ -169,8 +169,8 @@ def test_blocks(tmp_path):
 def test_another_product_is_refused_by_name(real_radolan, folder):
     content = gzip.decompress((real_radolan / RW).read_bytes())
     (folder / RW).write_bytes((real_radolan / RW).read_bytes())
-    refused(folder, f"{RW} is not a 5-minute RY or YW composite of 900 x 900 or 1100 x 900 in 0.01 mm, but RW, E-01, 60 "
-                    f"minutes")
+    refused(folder, f"{RW} is not a 5-minute RY or YW composite of 900 x 900 or 1100 x 900 in 0.01 mm, but RW, E-01, "
+                    f"60 minutes")
     (folder / RW).unlink()
     path = folder / name(OLD)
     for header, text in (({"INT": "  60"}, "60 minutes"), ({"GP": "1100x 901"}, "1100 x 901"), ({"PR": "E-01"}, "E-01"),

@@ -58,7 +58,8 @@ def opened(folder, box=BOX, **options):
 def hours(clips, frames):
     values = clips.to_units(frames)
     assert torch.allclose(values[:, :, 0, :32], values[:, :, :1, 0, :1].expand_as(values[:, :, 0, :32]), atol=1e-2)
-    assert torch.allclose(values[:, :, 0, :32] - values[:, :, 0, 32:], torch.tensor(1.0).double(), atol=1e-2)     # north first
+    north, south = values[:, :, 0, :32], values[:, :, 0, 32:]
+    assert torch.allclose(north - south, torch.ones_like(south), atol=1e-2)
     return ((values[:, :, 0, 0, 0] - 1001) / 10).round().long()
 
 
