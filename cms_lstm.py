@@ -143,10 +143,10 @@ class ContextEmbedding(nn.Module):
         for step in range(self.steps):
             if step % 2 == 0:
                 # Eq. 1   X̂_t = 2 × σ(W_H * H_{t-1} + b_H) ∘ X_t
-                x = 2 * torch.sigmoid(self.of_h(h)) * x           # (B, channels, H, W)
+                x = 2 * torch.sigmoid(self.of_h(h)).to(x.dtype) * x       # (B, channels, H, W)
             else:
                 # Eq. 1   Ĥ_{t-1} = 2 × σ(W_X * X̂_t + b_X) ∘ H_{t-1}
-                h = 2 * torch.sigmoid(self.of_x(x)) * h           # (B, channels, H, W)
+                h = 2 * torch.sigmoid(self.of_x(x)).to(h.dtype) * h       # (B, channels, H, W)
         return x, h
 
 
@@ -193,14 +193,14 @@ class SpatiotemporalExpression(nn.Module):
             q, k, v = cut(qkv, s).chunk(3, -1)                    # each (B, s², 2HW/s², channels)
             # Eq. 2   Ĥ_t, Ĉ_t = Softmax(Queryᵀ × Key) × Value    no 1/√d; the scores are never stored
             attended = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-            # The shortcut + z is drawn nowhere in the paper; it is in the released code.
-            expressed.append(uncut(attended, s, z.shape[2], z.shape[3] // 2) + z)     # (B, channels, H, 2W)
-        return torch.cat(expressed, 1)
+            expressed.append(uncut(attended, s, z.shape[2], z.shape[3] // 2))         # (B, channels, H, 2W)
+        # The shortcut + z, at every scale, is drawn nowhere in the paper; it is in the released code.
+        return (torch.stack(expressed, 1) + z.unsqueeze(1)).flatten(1, 2)
 
     def forward(self, h, c):
         # Part 1. The text's Z ∈ C×H×W×2 would keep H and C apart. The released code lays them side by side along the
         # width: the 5×5 kernel sees both at the seam, the LayerNorm both everywhere.
-        z = self.express(torch.cat([h, c], 3))                    # (B, scales·channels, H, 2W)
+        z = self.express(torch.cat([h, c.to(h.dtype)], 3))        # (B, scales·channels, H, 2W)
         a_h, a_c = self.norm_a(self.fuse(z)).chunk(2, 3)          # each (B, channels, H, W)
         # Part 2. The 1×1 convolution is absent from the text and from Fig. 3; it is in the released code.
         a = self.mix(torch.cat([a_h, a_c], 1))                    # (B, channels, H, W)
@@ -208,18 +208,17 @@ class SpatiotemporalExpression(nn.Module):
         # Eq. 4   o = σ(W_Ao * [A_H, A_C] + W_ho * Z_H + b_o)
         # As released: A for [A_H, A_C], and the paper's Z_H is H_t. One convolution of each serves all three.
         i, g, o = (self.a2g(a) + self.h2g(h)).to(c.dtype).chunk(3, 1)   # each (B, channels, H, W)
-        i = torch.sigmoid(i)
         # Eq. 3   Ĉ_t = (1 - i_t) ∘ C_t + i_t ∘ g_t
-        c = self.norm_c((1 - i) * c + i * torch.tanh(g))
+        c = self.norm_c(torch.lerp(c, torch.tanh(g), torch.sigmoid(i)))
         # Eq. 4   Ĥ_t = o_t ∘ Ĉ_t
-        return torch.sigmoid(o) * c, c
+        return (torch.sigmoid(o) * c).to(h.dtype), c
 
     def attention(self, h, c, points):
         """What H looks at from `points`, [(y, x), …] on the maps: (B, points, 2·scales, H, W).
 
         For each scale one map over H, then one over C: the softmax of Eq. 2, sum 1 over the two; 0 outside the block.
         """
-        z, (height, width), maps = torch.cat([h, c], 3), h.shape[2:], []
+        z, (height, width), maps = torch.cat([h, c.to(h.dtype)], 3), h.shape[2:], []
         for s, qkv in zip(self.scales, self.qkv(z).chunk(len(self.scales), 1)):
             q, k, _ = cut(qkv, s).chunk(3, -1)
             rows, columns = height // s, width // s               # of a block
@@ -276,10 +275,13 @@ class CMSLSTMCell(nn.Module):
         # One convolution of each serves all four.
         gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
         i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
+        if self.forget_offset:
+            f = f + self.forget_offset
         # Eq. 5   C_t = f_t ∘ C_{t-1} + i_t ∘ g_t
-        c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
+        c = self.norm_c(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g))
         # Eq. 5   H_t = o_t ∘ tanh(C_t)
-        return torch.sigmoid(o) * torch.tanh(c), c, memory
+        h = (torch.sigmoid(o) * torch.tanh(c)).to(x.dtype)        # H is read by convolutions: theirs is its type
+        return h, c, memory
 
 
 class CMSLSTM(nn.Module):
@@ -431,20 +433,23 @@ class PredRNNCell(CMSLSTMCell):
         self.norm_c = nn.Identity()                               # C and M get no LayerNorm
 
     def lstm(self, x, h, c, memory):
-        m = memory                                                # M^{l-1}_t
+        n, m = c.shape[1], memory                                 # hidden; M^{l-1}_t
         # i, f, g from W_x* * X̂_t + W_h* * Ĥ_{t-1} + b_*;  i', f', g' from W'_x* * X̂_t + W_m* * M^{l-1}_t + b'_*
-        xi, xf, xg, xi_m, xf_m, xg_m, xo = self.x2h(x).to(c.dtype).chunk(7, 1)     # each (B, hidden, H, W)
-        hi, hf, hg, ho = self.h2h(h).to(c.dtype).chunk(4, 1)
-        mi, mf, mg = self.m2h(m).to(c.dtype).chunk(3, 1)
-        # C_t = f ∘ C_{t-1} + i ∘ g
-        c = torch.sigmoid(xf + hf + self.forget_offset) * c + torch.sigmoid(xi + hi) * torch.tanh(xg + hg)
-        # M^l_t = f' ∘ M^{l-1}_t + i' ∘ g'
-        m = torch.sigmoid(xf_m + mf + self.forget_offset) * m + torch.sigmoid(xi_m + mi) * torch.tanh(xg_m + mg)
-        cm = torch.cat([c, m], 1)                                 # (B, 2·hidden, H, W)
+        x_cm, x_o = self.x2h(x).to(c.dtype).split((6 * n, n), 1)
+        h_c, h_o = self.h2h(h).to(c.dtype).split((3 * n, n), 1)
+        # C and M obey the same equation: both at once, side by side in a dimension of their own.
+        gates = x_cm + torch.cat([h_c, self.m2h(m).to(c.dtype)], 1)
+        i, f, g = gates.unflatten(1, (2, 3, n)).unbind(2)         # [i, i'], [f, f'], [g, g']: each (B, 2, hidden, H, W)
+        if self.forget_offset:
+            f = f + self.forget_offset
+        # C_t = f ∘ C_{t-1} + i ∘ g        M^l_t = f' ∘ M^{l-1}_t + i' ∘ g'
+        cm = torch.sigmoid(f) * torch.stack([c, m], 1) + torch.sigmoid(i) * torch.tanh(g)
         # o = σ(W_xo * X_t + W_ho * H_{t-1} + W_co * C_t + W_mo * M_t + b_o)
-        o = torch.sigmoid(xo + ho + self.cm2o(cm).to(c.dtype))
+        both = cm.flatten(1, 2).to(x.dtype)                       # [C_t, M_t]  (B, 2·hidden, H, W)
+        o = torch.sigmoid(x_o + h_o + self.cm2o(both).to(c.dtype))
         # H_t = o ∘ tanh(W_1×1 * [C_t, M_t])
-        return o * torch.tanh(self.last(cm).to(c.dtype)), c, m
+        h = o * torch.tanh(self.last(both).to(c.dtype))
+        return h.to(x.dtype), *cm.unbind(1)
 
 
 class SAConvLSTMCell(CMSLSTMCell):
@@ -468,20 +473,20 @@ class SAConvLSTMCell(CMSLSTMCell):
     def forward(self, x, state, memory=None, points=None):
         h, c, m = state
         (h, c), memory, seen = super().forward(x, (h, c), memory, points)
-        # All positions are tokens of one sequence; fused attention wants a token's channels together.
-        q, k_h, v_h = self.qkv_h(h).flatten(2).mT.unsqueeze(1).contiguous().chunk(3, -1)      # each (B, 1, HW, hidden)
-        k_m, v_m = self.kv_m(m).flatten(2).mT.unsqueeze(1).contiguous().chunk(2, -1)
+        q, kv_h = self.qkv_h(h).split((h.shape[1], 2 * h.shape[1]), 1)            # (B, hidden or 2·hidden, H, W)
+        # All positions are tokens of one sequence; fused attention wants a token's channels together. What the query
+        # attends to, H_t and M_{t-1}, takes the place of the heads.
+        q = q.flatten(2).mT.unsqueeze(1).contiguous()             # (B, 1, HW, hidden)
+        k, v = torch.stack([u.flatten(2).mT for u in (kv_h, self.kv_m(m))], 1).chunk(2, -1)   # each (B, 2, HW, hidden)
         # Eq. 2-4   Z_h = softmax(Q_hᵀ K_h) V_h        Eq. 5-7   Z_m = softmax(Q_hᵀ K_m) V_m       no 1/√d
-        z_h = F.scaled_dot_product_attention(q, k_h, v_h, scale=1.0)
-        z_m = F.scaled_dot_product_attention(q, k_m, v_m, scale=1.0)
-        z = torch.cat([z_h, z_m], -1).squeeze(1).mT.unflatten(2, h.shape[2:])      # (B, 2·hidden, H, W)
+        z = F.scaled_dot_product_attention(q.expand_as(k), k, v, scale=1.0)
+        z = z.mT.flatten(1, 2).unflatten(2, h.shape[2:])          # [Z_h; Z_m]  (B, 2·hidden, H, W)
         # Z = W_z [Z_h; Z_m]        Eq. 8-9   i', g', o' from W_z* * Z + W_h* * H_t + b_*, H_t being SE's Ĥ_t
         i, g, o = self.zh2g(torch.cat([self.mix_z(z), h], 1)).to(m.dtype).chunk(3, 1)     # each (B, hidden, H, W)
-        i = torch.sigmoid(i)
         # Eq. 8   M_t = (1 - i') ∘ M_{t-1} + i' ∘ g'
-        m = (1 - i) * m + i * torch.tanh(g)
+        m = torch.lerp(m, torch.tanh(g), torch.sigmoid(i))
         # Eq. 9   Ĥ_t = o' ∘ M_t
-        return (torch.sigmoid(o) * m, c, m), memory, seen
+        return ((torch.sigmoid(o) * m).to(h.dtype), c, m), memory, seen
 
 
 CELLS = {"convlstm": CMSLSTMCell, "predrnn": PredRNNCell, "sa_convlstm": SAConvLSTMCell}

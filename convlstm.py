@@ -95,14 +95,16 @@ class ConvLSTMCell(nn.Module):
         # One convolution of X_t and one of H_{t-1} serve all four; each gate has a bias, which Eq. 2 leaves out.
         gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
         i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
+        if self.forget_offset:
+            f = f + self.forget_offset
         if self.peephole is not None:                             # Eq. 3   + W_ci ∘ C_{t-1}, + W_cf ∘ C_{t-1}
             i, f = i + self.peephole[0] * c, f + self.peephole[1] * c
         # Eq. 2   C_t = f ∘ C_{t-1} + i ∘ g
-        c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
+        c = self.norm_c(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g))
         if self.peephole is not None:                             # Eq. 3   + W_co ∘ C_t: o sees the new cell
             o = o + self.peephole[2] * c
         # Eq. 2   H_t = o ∘ tanh(C_t)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        return (torch.sigmoid(o) * torch.tanh(c)).to(x.dtype), c  # H is read by convolutions: theirs is its type
 
 
 class ConvLSTM(nn.Module):

@@ -124,17 +124,17 @@ class DetailContextBlock(nn.Module):
             if step % 2 == 0:
                 # Eq. 2   Attn_H = σ(Σ_k W_h^{k×k} * H / n)       X ← s · Attn_H ∘ X
                 attn_h = torch.sigmoid(self.mean(of_h, h))        # (B, channels, H, W)
-                x = self.scale * attn_h * x
+                x = self.scale * attn_h.to(x.dtype) * x
             else:
                 # Eq. 2   Attn_X = σ(Σ_k W_x^{k×k} * X / n)       H ← s · Attn_X ∘ H
                 attn_x = torch.sigmoid(self.mean(of_x, x))        # (B, channels, H, W)
-                h = self.scale * attn_x * h
+                h = self.scale * attn_x.to(h.dtype) * h
         return x, h, (attn_h, attn_x)
 
     def mean(self, convs, features):
         """Σ_k W^{k×k} * features / n: over normalised convolutions, or as the one of `merge`."""
         if self.norm:
-            return sum(layer(features) for layer in convs) / len(convs)
+            return torch.stack([layer(features) for layer in convs]).mean(0)
         weight, bias = convs
         return F.conv2d(features, weight, bias, padding=weight.shape[-1] // 2)
 
@@ -165,10 +165,13 @@ class MoDeRNNCell(nn.Module):
         # One convolution of each serves all four.
         gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
         i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
+        if self.forget_offset:
+            f = f + self.forget_offset
         # Eq. 3   C_t = f_t ∘ C_{t-1} + i_t ∘ g_t
-        c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
+        c = self.norm_c(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g))
         # Eq. 3   H_t = o_t ∘ tanh(C_t)
-        return torch.sigmoid(o) * torch.tanh(c), c, maps
+        h = (torch.sigmoid(o) * torch.tanh(c)).to(x.dtype)        # H is read by convolutions: theirs is its type
+        return h, c, maps
 
 
 class MoDeRNN(nn.Module):

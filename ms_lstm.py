@@ -110,10 +110,12 @@ class ConvLSTMCell(nn.Module):
         # One convolution of X_t and one of H_{t-1} serve all four.
         gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
         i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
+        if self.forget_offset:
+            f = f + self.forget_offset
         # Eq. 2   C_t = f ∘ C_{t-1} + i ∘ g
-        c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
+        c = self.norm_c(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g))
         # Eq. 2   H_t = o ∘ tanh(C_t)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        return (torch.sigmoid(o) * torch.tanh(c)).to(x.dtype), c  # H is read by convolutions: theirs is its type
 
 
 class MKLSTMCell(nn.Module):
@@ -148,15 +150,17 @@ class MKLSTMCell(nn.Module):
         # the paper.
         i, f, g, o = (self.x2h(x) + self.h2h(h)).to(c.dtype).chunk(4, 1)          # each (B, hidden, H, W)
         i_wide, f_wide, g_wide, o_wide = (self.x2h_wide(x) + self.h2h_wide(h)).to(c.dtype).chunk(4, 1)
+        if self.forget_offset:
+            f, f_wide = f + self.forget_offset, f_wide + self.forget_offset
         # Eq. 3   C_t = f_3×3 ∘ C_{t-1} + i_3×3 ∘ g_3×3
-        c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
+        c = self.norm_c(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g))
         # Eq. 3   C̃_t = f_5×5 ∘ C̃_{t-1} + i_5×5 ∘ g_5×5
-        c_wide = self.norm_c_wide(
-            torch.sigmoid(f_wide + self.forget_offset) * c_wide + torch.sigmoid(i_wide) * torch.tanh(g_wide))
+        c_wide = self.norm_c_wide(torch.sigmoid(f_wide) * c_wide + torch.sigmoid(i_wide) * torch.tanh(g_wide))
         # Eq. 3   o_t = σ(W_ox * X_t + W_oh * H_{t-1} + W_oc * C_t + W'_ox * X_t + W'_oh * H_{t-1} + W'_oc * C̃_t)
-        o = torch.sigmoid(o + self.c2o(c) + o_wide + self.c2o_wide(c_wide))
+        o = torch.sigmoid(o + o_wide + (self.c2o(c) + self.c2o_wide(c_wide)))
         # Eq. 3   H_t = o_t ∘ tanh(W_1×1 * [C_t, C̃_t])
-        return o * torch.tanh(self.mix(torch.cat([c, c_wide], 1))), c, c_wide
+        h = o * torch.tanh(self.mix(torch.cat([c, c_wide], 1)))
+        return h.to(x.dtype), c, c_wide                           # H is read by convolutions: theirs is its type
 
 
 class MSLSTM(nn.Module):
@@ -206,6 +210,7 @@ class MSLSTM(nn.Module):
         self.embed = nn.Conv2d(tokens, hidden, 1)
         self.cells = nn.ModuleList(cell(hidden, hidden, kernel, grid, norm) for grid in grids)
         self.output = nn.Conv2d(hidden, tokens, 1)
+        self.to(memory_format=self.layout)
 
     @property
     def layout(self):

@@ -136,21 +136,23 @@ class STLSTMCell(nn.Module):
         # g = tanh(W_xg * X_t + W_hg * H^l_{t-1} + b_g)       g' = tanh(W'_xg * X_t + W_mg * M^{l-1}_t + b'_g)
         # Chunks of three convolutions, in c's type, so that C and M stay fp32 under autocast.
         n = c.shape[1]                                            # hidden
-        x_c, x_m, x_o = self.x2h(x).to(c.dtype).split((3 * n, 3 * n, n), 1)
+        x_cm, x_o = self.x2h(x).to(c.dtype).split((6 * n, n), 1)
         h_c, h_o = self.h2h(h).to(c.dtype).split((3 * n, n), 1)
-        i, f, g = (x_c + h_c).chunk(3, 1)                         # each (B, hidden, H, W)
-        i_m, f_m, g_m = (x_m + self.m2h(m)).to(c.dtype).chunk(3, 1)               # i', f', g'
+        # C and M obey the same equation: both at once, side by side in a dimension of their own.
+        gates = x_cm + torch.cat([h_c, self.m2h(m).to(c.dtype)], 1)
+        i, f, g = gates.unflatten(1, (2, 3, n)).unbind(2)         # [i, i'], [f, f'], [g, g']: each (B, 2, hidden, H, W)
+        if self.forget_offset:
+            f = f + self.forget_offset
         # (a)  C^l_t = f ∘ C^l_{t-1} + i ∘ g                      this layer's own past
-        into_c = torch.sigmoid(i) * torch.tanh(g)
-        c = torch.sigmoid(f + self.forget_offset) * c + into_c
         # (b)  M^l_t = f' ∘ M^{l-1}_t + i' ∘ g'                   the layer below, in this step
-        into_m = torch.sigmoid(i_m) * torch.tanh(g_m)
-        m = torch.sigmoid(f_m + self.forget_offset) * m + into_m
+        growth = torch.sigmoid(i) * torch.tanh(g)
+        cm = torch.sigmoid(f) * torch.stack([c, m], 1) + growth   # (B, 2, hidden, H, W)
         # (c)  o = σ(W_xo * X_t + W_ho * H^l_{t-1} + W_co * C^l_t + W_mo * M^l_t + b_o)
-        both = torch.cat([c, m], 1)                               # (B, 2·hidden, H, W)
+        both = cm.flatten(1, 2).to(x.dtype)                       # [C^l_t, M^l_t]  (B, 2·hidden, H, W)
         o = torch.sigmoid(x_o + h_o + self.cm2o(both).to(c.dtype))
         # (d)  H^l_t = o ∘ tanh(W_1×1 * [C^l_t, M^l_t])
-        return o * torch.tanh(self.mix(both).to(c.dtype)), c, m, (into_c, into_m)
+        h = o * torch.tanh(self.mix(both).to(c.dtype))
+        return h.to(x.dtype), *cm.unbind(1), growth.unbind(1)     # H is read by convolutions: theirs is its type
 
 
 def overlap(delta_c, delta_m):

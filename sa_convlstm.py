@@ -107,29 +107,34 @@ def conv(inputs, outputs, kernel, size, norm):
     return nn.Sequential(layer, nn.LayerNorm([outputs, *size])) if norm else layer
 
 
-def attend(q, k, v, points=None):
-    """softmax(Qᵀ K) V among all N = H·W positions, Eq. 2-4: one head, and no 1/√d, which the paper does not have.
+def attend(q, *kv, points=None):
+    """softmax(Qᵀ K) V among all N = H·W positions, Eq. 2-4: no 1/√d, which the paper does not have.
 
-    Args: query, key, value (B, C, H, W); `points` (P,), positions 0 … N-1 whose attention is to be looked at, or None.
-    Returns Z (B, C, H, W), and the maps α of these points, (B, P, H, W), each with sum 1; None without points.
+    Args: query (B, C, H, W); n times key and value, one above the other, (B, 2C, H, W); `points` (P,), positions
+    0 … N-1 whose attention is to be looked at, or None.
+    Returns Z for each key and value side by side, (B, n·C, H, W), and the maps α of these points, (B, P, n, H, W), each
+    with sum 1; None without points.
     """
-    # Fused kernels want (B, heads, N, C) with C dense in memory: given them so, no N×N matrix is ever stored.
-    shape, (q, k, v) = v.shape, (u.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for u in (q, k, v))
+    # Fused kernels want (B, heads, N, C) with C dense in memory: given them so, no N×N matrix is ever stored. What the
+    # one query attends to takes the place of the heads.
+    grid, q = q.shape[2:], q.flatten(2).mT.unsqueeze(1).contiguous()                  # (B, 1, N, C)
+    k, v = torch.stack([u.flatten(2).mT for u in kv], 1).chunk(2, -1)                 # each (B, n, N, C)
     # Eq. 2   e = Qᵀ K      Eq. 3   α_ij = exp e_ij / Σ_k exp e_ik      Eq. 4   Z_i = Σ_j α_ij V_j
     # The text has Eq. 3 normalise "along columns" and Eq. 6 "along each row, same as the Eq. 3": both formulas sum over
     # the keys k of one query i.
-    z = F.scaled_dot_product_attention(q, k, v, scale=1.0)        # (B, 1, N, C)
-    z = z.squeeze(1).transpose(1, 2).reshape(shape)               # (B, C, H, W)
+    z = F.scaled_dot_product_attention(q.expand_as(k), k, v, scale=1.0)               # (B, n, N, C)
+    z = z.mT.flatten(1, 2).unflatten(2, grid)                     # (B, n·C, H, W)
     if points is None:
         return z, None
-    scores = q[:, 0, points] @ k[:, 0].transpose(1, 2)            # (B, P, N): these rows of Eq. 2 alone
-    return z, scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).unflatten(2, shape[2:])
+    scores = q[:, :, points] @ k.mT                               # (B, n, P, N): these rows of Eq. 2 alone
+    maps = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))
+    return z, maps.transpose(1, 2).unflatten(3, grid)
 
 
 class SelfAttention(nn.Module):
     """The self-attention of the base model, §3.1: Eq. 2-4 and a shortcut.
 
-    Called with h (B, channels, H, W) and perhaps points; returns ĥ alike, and maps (B, P, H, W) or None, see `attend`.
+    Called with h (B, channels, H, W) and perhaps points; returns ĥ alike, and maps (B, P, 1, H, W) or None: `attend`.
     """
 
     def __init__(self, channels):
@@ -138,7 +143,8 @@ class SelfAttention(nn.Module):
         self.fuse = nn.Conv2d(channels, channels, 1)              # W_f
 
     def forward(self, h, points=None):
-        z, maps = attend(*self.qkv(h).chunk(3, 1), points)
+        q, kv = self.qkv(h).split((h.shape[1], 2 * h.shape[1]), 1)
+        z, maps = attend(q, kv, points=points)
         # §3.1    Ĥ_t = W_f Z + H_t
         return self.fuse(z).to(h.dtype) + h, maps
 
@@ -161,26 +167,23 @@ class SelfAttentionMemory(nn.Module):
         self.gates = nn.Sequential(nn.Conv2d(seen, seen, 3, padding=1, groups=seen), nn.Conv2d(seen, 3 * channels, 1))
 
     def forward(self, h, m, points=None):
-        seen, maps = h, []
+        seen, maps = h, None
         if self.qkv_h is not None:
-            q, k, v = self.qkv_h(h).chunk(3, 1)                   # Q_h, K_h, V_h: each (B, C, H, W)
-            z, map_h = attend(q, k, v, points)                    # Eq. 2-4   Z_h
-            maps.append(map_h)
+            q, *kv = self.qkv_h(h).split((h.shape[1], 2 * h.shape[1]), 1)     # Q_h and [K_h; V_h]: (B, C or 2C, H, W)
             if self.kv_m is not None:
-                # Eq. 5   e_m = Q_hᵀ K_m        Eq. 6   α_m;ij = exp e_m;ij / Σ_k exp e_m;ik
-                # Eq. 7   Z_m;i = Σ_j α_m;ij V_m;j        K_m = W_mk M_{t-1}, V_m = W_mv M_{t-1}; the query is H's
-                z_m, map_m = attend(q, *self.kv_m(m).chunk(2, 1), points)             # Z_m
-                z = torch.cat([z, z_m], 1)                        # [Z_h; Z_m]  (B, 2C, H, W)
-                maps.append(map_m)
+                # K_m = W_mk M_{t-1}, V_m = W_mv M_{t-1}; the query is H's
+                kv.append(self.kv_m(m))
+            # Eq. 2-4   Z_h        Eq. 5   e_m = Q_hᵀ K_m        Eq. 6   α_m;ij = exp e_m;ij / Σ_k exp e_m;ik
+            # Eq. 7     Z_m;i = Σ_j α_m;ij V_m;j
+            z, maps = attend(q, *kv, points=points)               # [Z_h; Z_m]  (B, 2C, H, W)
             seen = torch.cat([self.fuse(z).to(h.dtype), h], 1)    # §3.2   Z = W_z [Z_h; Z_m]; (B, 2C, H, W)
         # Eq. 8   i' = σ(W_m;zi * Z + W_m;hi * H_t + b_m;i)     g' = tanh(W_m;zg * Z + W_m;hg * H_t + b_m;g)
         # Eq. 9   o' = σ(W_m;zo * Z + W_m;ho * H_t + b_m;o)
         i, g, o = self.gates(seen).to(m.dtype).chunk(3, 1)        # each (B, C, H, W); m stays fp32 under autocast
-        i = torch.sigmoid(i)
         # Eq. 8   M_t = (1 − i') ∘ M_{t-1} + i' ∘ g'
-        m = (1 - i) * m + i * torch.tanh(g)
+        m = torch.lerp(m, torch.tanh(g), torch.sigmoid(i))
         # Eq. 9   Ĥ_t = o' ∘ M_t
-        return torch.sigmoid(o) * m, m, torch.stack(maps, 2) if maps and points is not None else None
+        return (torch.sigmoid(o) * m).to(h.dtype), m, maps
 
 
 class SAConvLSTMCell(nn.Module):
@@ -207,14 +210,16 @@ class SAConvLSTMCell(nn.Module):
         maps = None
         if self.attend_x is not None:                             # Eq. 1   X̂_t = SA(X_t), Ĥ_{t-1} = SA(H_{t-1})
             (x, map_x), (h, map_h) = self.attend_x(x, points), self.attend_h(h, points)
-            maps = None if points is None else torch.stack([map_x, map_h], 2)
+            maps = None if points is None else torch.cat([map_x, map_h], 2)
         # Eq. 1   i = σ(W_xi * X̂_t + W_hi * Ĥ_{t-1} + b_i)           f = σ(W_xf * X̂_t + W_hf * Ĥ_{t-1} + b_f)
         #         g = tanh(W_xc * X̂_t + W_hc * Ĥ_{t-1} + b_c)        o = σ(W_xo * X̂_t + W_ho * Ĥ_{t-1} + b_o)
         # One convolution of each serves all four. The hats are the base model's: elsewhere X_t and H_{t-1}.
         i, f, g, o = (self.x2h(x) + self.h2h(h)).to(c.dtype).chunk(4, 1)              # each (B, hidden, H, W)
+        if self.forget_offset:
+            f = f + self.forget_offset
         # Eq. 1   C_t = f ∘ C_{t-1} + i ∘ g      H_t = o ∘ tanh(C_t)
-        c = self.norm_c(torch.sigmoid(f + self.forget_offset) * c + torch.sigmoid(i) * torch.tanh(g))
-        h = torch.sigmoid(o) * torch.tanh(c)
+        c = self.norm_c(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g))
+        h = (torch.sigmoid(o) * torch.tanh(c)).to(x.dtype)        # H is read by convolutions: theirs is its type
         if self.memory is not None:                               # Figure 2: Ĥ_t takes the place of H_t from here on
             h, m, maps = self.memory(h, m, points)
         return h, c, m, maps

@@ -74,16 +74,19 @@ def depthwise(w, seen):
 
 
 def test_attention_is_the_literal_softmax():
-    q, k, v = (torch.randn(2, 3, 4, 5, dtype=torch.float64) * 2 for _ in range(3))
-    z, maps = attend(q, k, v, torch.tensor([0, 7, 19]))
-    assert maps.shape == (2, 3, 4, 5)
-    torch.testing.assert_close(maps.sum((2, 3)), torch.ones(2, 3, dtype=torch.float64))
+    q, *kv = (torch.randn(2, channels, 4, 5, dtype=torch.float64) * 2 for channels in (3, 6, 6))     # two keys and values
+    z, maps = attend(q, *kv, points=torch.tensor([0, 7, 19]))
+    assert z.shape == (2, 6, 4, 5) and maps.shape == (2, 3, 2, 4, 5)
+    torch.testing.assert_close(maps.sum((3, 4)), torch.ones(2, 3, 2, dtype=torch.float64))
     for b in range(2):
-        np.testing.assert_allclose(z[b].numpy(), gathered(*(u[b].numpy() for u in (q, k, v))), atol=1e-12)
-        alpha = weights_of(q[b].numpy(), k[b].numpy())
-        np.testing.assert_allclose(maps[b].numpy(), alpha[[0, 7, 19]].reshape(3, 4, 5), atol=1e-12)
-    again, none = attend(q, k, v)
+        for n, (k, v) in enumerate(u[b].split(3) for u in kv):
+            expected = gathered(q[b].numpy(), k.numpy(), v.numpy())
+            np.testing.assert_allclose(z[b, 3 * n:3 * n + 3].numpy(), expected, atol=1e-12)
+            alpha = weights_of(q[b].numpy(), k.numpy())
+            np.testing.assert_allclose(maps[b, :, n].numpy(), alpha[[0, 7, 19]].reshape(3, 4, 5), atol=1e-12)
+    again, none = attend(q, *kv)
     assert none is None and torch.equal(again, z)
+    torch.testing.assert_close(attend(q, kv[1])[0], z[:, 3:])
 
 
 @pytest.mark.parametrize("variant", ATTENDS)
