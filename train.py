@@ -347,6 +347,9 @@ class Step:
 
     def record(self):
         """Take the step eagerly and, from the same state, by a graph. The graph stays only if both end alike."""
+        def distance(a, b):
+            return torch.stack(torch._foreach_norm(torch._foreach_sub(a, b))).norm()
+
         weights = [p.detach() for p in self.model.parameters()]
         state = weights + [v for of_one in self.optimizer.state.values() for v in of_one.values()]
         before, graph = [v.clone() for v in state], Graph(self.eager)
@@ -356,14 +359,14 @@ class Step:
             torch._foreach_copy_(state, before)
             graph.record()
             replayed = graph.replay()
-            step, apart = (math.sqrt(sum((a - b).double().square().sum() for a, b in zip(after, other[:len(weights)])))
-                           for other in (before, weights))
-            if torch.allclose(replayed, loss, rtol=1e-3) and apart <= 0.1 * step:
+            moved, apart = (distance(after[:len(weights)], other[:len(weights)]) for other in (before, weights))
+            if torch.allclose(replayed, loss, rtol=1e-3) and apart <= 0.1 * moved:      # bf16's rounding makes 0.01
                 self.graph = graph
                 return loss
-            problem = f"its first replay ends {apart / step:.0%} of a step away, loss {replayed:.6g} for {loss:.6g}"
+            problem = (f"its first replay gives loss {replayed:.6g} and weights {apart:.3g} away; "
+                       f"the eager step gives {loss:.6g} and moves them by {moved:.3g}")
         except RuntimeError as error:           # out of memory is one
-            problem = str(error).partition("\n")[0]
+            problem = str(error.__context__ or error).partition("\n")[0]    # ending a broken recording raises anew
         torch._foreach_copy_(state, after)
         self.eager_calls = math.inf
         say(f"no CUDA graph: {problem}; every step is launched kernel by kernel")
