@@ -118,7 +118,8 @@ class Clips:
 def to_device(array, device):
     """A NumPy array as a tensor on a device; to CUDA by way of pinned memory, so that nobody waits for the copy."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor.to(device)
+    on_cuda = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda)
 
 
 def _over_255(levels):
@@ -129,11 +130,12 @@ def _over_255(levels):
     return levels.float() / torch.full((), 255.0, device=levels.device)
 
 
-def checksum_of(*arrays, rows=256):
+def checksum_of(*arrays):
     """Of evenly spread rows of arrays, so that other data of the same shape are told apart: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str} {array.shape}".encode())
+        rows = max(1, min(256, (1 << 28) // max(1, array[:1].nbytes)))
         for row in array[::-(-len(array) // rows) or 1]:
             digest.update(np.ascontiguousarray(row))
     return digest.hexdigest()[:16]
@@ -653,7 +655,7 @@ class Windows(Clips):
 
     def test_units(self, start, stop, device="cpu"):
         values = self._stored("test", slice(start, stop), self.test_horizon, device)
-        return values if values.is_floating_point() else values.double()    # 0.7 stored as float32 is 0.7, not 0.69999999
+        return values if values.is_floating_point() else values.double()    # in its type 0.7 is 0.7
 
     def to_units(self, frames):
         return self.scale.to_units(frames)
@@ -749,14 +751,17 @@ def own_frames(path, data_dir, layout=None, channels=None, colour=False):
         raise DataError(f"--layout {layout} is none of {', '.join(LAYOUTS)}")
     kind, sources, passed, files = path.suffix.lower(), [path], [], not path.is_dir()
     if not files:
-        there = sorted((entry for entry in path.iterdir() if not entry.name.startswith(".")),
-                       key=lambda entry: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), entry.name))
+        try:
+            there = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        there.sort(key=lambda entry: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), entry.name))
         kinds = [[entry for entry in there if entry.suffix.lower() in kinds] for kinds in ((".npy",), VIDEOS, IMAGES)]
         sources = next(filter(None, kinds), [])
         if not sources:
             raise DataError(f"{path} is {'a' if there else 'an empty'} folder: --data takes one of .npy files, of "
                             f"films or of images")
-        kind, passed = sources[0].suffix.lower(), [entry.name for entry in there if entry not in sources]
+        kind, passed = sources[0].suffix.lower(), sorted({entry.name for entry in there} - {s.name for s in sources})
     arrays = kind in (".npy", ".npz")
     if not arrays and kind not in VIDEOS + IMAGES:
         raise DataError(f"{path} is no array (.npy, .npz), film ({', '.join(VIDEOS)}) or image ({', '.join(IMAGES)})")
@@ -1065,7 +1070,8 @@ def _no_empty_window(path, frames, ranges, starts, length):
 def _how_read(path, frames, ranges, index, starts, length, what):
     """Lines for the log: what a user's file was taken for, and what of it is passed over or missing."""
     films, (low, high) = [stop - first for first, stop in index["films"]], _ends(ranges)
-    spans = [f"{len(at)} {part} (frames {at[0]} … {at[-1] + length - 1})" for part, at in starts.items() if len(at)]
+    spans = [f"{len(at)} for {part} (frames {at[0]} … {at[-1] + length - 1})" for part, at in
+             zip(("training", "validation", "the test"), starts.values()) if len(at)]
     lines = [f"films: {len(films)} of {' to '.join(map(str, sorted({min(films), max(films)})))} frames, channels: "
              f"{frames.shape[1]}, {frames.shape[2]}×{frames.shape[3]}, {frames.dtype} from {low:g} to {high:g}, "
              f"{index['how']}; windows of {what}: {', '.join(spans)}", *index["notes"]]
@@ -1109,8 +1115,9 @@ def open_own(path, data_dir="data", frames_in=None, horizon=None, normalize=None
     if use == "train":
         first_test = _cut(films, films[-1][1], length) if index["test"] is None else every[index["test"]][0]
         begin = _cut(films, first_test, length)
-        starts = {"train": _starts(films, length, 1, 0, begin), "test": _starts(films, length, horizon, first_test),
-                  "valid": _starts(films, length, horizon, begin, first_test)}
+        starts = {"train": _starts(films, length, 1, 0, begin),
+                  "valid": _starts(films, length, horizon, begin, first_test),
+                  "test": _starts(films, length, horizon, first_test)}
         if empty := [part for part in starts if not len(starts[part])]:
             raise DataError(f"{path} has {len(frames)} frames: not one window of {what} each for training, validation "
                             f"and test (none for {' and '.join(empty)}): lower --frames-in or --horizon")
@@ -1141,7 +1148,7 @@ def open_test(path, data_dir, info, options=None, horizon=None, any_size=False, 
     path, options = Path(path), options or {}
     if not os.path.exists(path):
         raise DataError(f"{path} does not exist")
-    layout = options.get("layout") if path.is_dir() or path.suffix in (".npy", ".npz") else None
+    layout = options.get("layout") if path.is_dir() or path.suffix.lower() in (".npy", ".npz") else None
     takes = (info["channels"], *(() if any_size else info["size"]))
     return open_own(path, data_dir, info["frames_in"], horizon or info["test_horizon"], layout=layout, use=use,
                     takes=takes, scale=info.get("scale"), unit=options.get("unit", info.get("unit")),

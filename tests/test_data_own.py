@@ -124,11 +124,11 @@ def test_a_line_says_how_an_array_was_read(tmp_path):
     clips = opened(save(tmp_path / "film.npy", numbered(100)), tmp_path)
     assert clips.info()["notes"] == [
         f"{tmp_path}/film.npy: films: 1 of 100 frames, channels: 1, 4×6, uint8 from 0 to 99, read as NHW; windows of "
-        f"3 + 2: 77 train (frames 0 … 80), 3 test (frames 90 … 98), 3 valid (frames 81 … 89)"]
+        f"3 + 2: 77 for training (frames 0 … 80), 3 for validation (frames 81 … 89), 3 for the test (frames 90 … 98)"]
     films = np.random.default_rng(0).random((8, 7, 2, 4, 6), dtype=np.float32).clip(0.25, 0.75)
     line = opened(save(tmp_path / "films.npy", films), tmp_path).notes[0]
     assert "films: 8 of 7 frames, channels: 2, 4×6, float32 from 0.25 to 0.75, read as MTCHW;" in line
-    assert "18 train (frames 0 … 41), 2 test (frames 49 … 55), 2 valid (frames 42 … 48)" in line
+    assert "18 for training (frames 0 … 41), 2 for validation (frames 42 … 48), 2 for the test (frames 49 … 55)" in line
 
 
 LAYOUTS = {"NHW": (40, 4, 6), "NCHW": (40, 3, 4, 6), "NHWC": (40, 4, 6, 3), "MTHW": (4, 10, 4, 6),
