@@ -911,6 +911,7 @@ def _images(paths, channels, notes):
                 yield frame
 
 
+@np.errstate(invalid="ignore")    # a signalling NaN, where it becomes a float64
 def frame_ranges(frames, name):
     """The lowest and the highest value in each channel of each frame, and how many are missing (NaN): (N, C, 3).
 
@@ -952,6 +953,7 @@ def _ends(ranges):
     return tuple(float(end.reduce(ranges[..., k], None, initial=np.nan)) for k, end in enumerate((np.fmin, np.fmax)))
 
 
+@np.errstate(invalid="ignore")    # a signalling NaN, where it becomes a float64
 def _scale_of_training(name, frames, stop, ranges=None, per_channel=False):
     """From the range of frames 0 … stop - 1, the training side, to pixels: (scale, notes). The rest is the test's.
 

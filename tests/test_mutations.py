@@ -320,3 +320,13 @@ def test_a_mutated_file_of_our_own_is_made_anew(tmp_path, monkeypatch, capfd, ki
 
 def test_there_are_300_mutations_and_more():
     assert EACH * (len(KINDS) + len(OURS)) > 300
+
+
+@pytest.mark.parametrize("dtype, bits", [("<f4", 0x7F800001), ("<f2", 0x7C01), ("<f8", 0x7FF0000000000001)])
+def test_a_signalling_nan_is_missing_without_a_word(tmp_path, dtype, bits):
+    frames = np.random.default_rng(0).random((40, 8, 8)).astype(dtype)
+    frames.view(dtype.replace("f", "u"))[3, 2, 2] = bits
+    np.save(tmp_path / "own.npy", frames)
+    for options in ({}, {"normalize": "range"}):
+        assert hold(lambda: clips(data.open_data(str(tmp_path / "own.npy"), tmp_path / "data", frames_in=2, horizon=2,
+                                                 **options)), tmp_path)
