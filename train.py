@@ -85,8 +85,8 @@ def settings(args):
     clips = data.open_data(source, args.data_dir or "data", setup, args.frames_in, args.horizon, **options)
     scale = json_safe(clips.info()).get("scale")
     if args.init is not None and scale != start:
-        raise UserError(f"--init {args.init}: its weights read data scaled by {start or 'their type'}, these are scaled by "
-                        f"{scale or 'their type'}: leave out --normalize to take over the run's scale")
+        raise UserError(f"--init {args.init}: its weights read data scaled by {start or 'their type'}, these are scaled "
+                        f"by {scale or 'their type'}: leave out --normalize to take over the run's scale")
     training = dict(module.TRAINING[setup])
     training |= training.pop("data").get(clips.name, {}) | (OWN if clips.own else {}) | quick
     batch = pick("batch", training["batch"])
@@ -727,7 +727,7 @@ def new_folder(args, config, clips):
             refusal = error
         except OSError as error:
             refusal = UserError(f"--out {out}: {error.strerror}")
-    folder, refusal = processes.from_first((folder, refusal))
+    folder, refusal = processes.from_all((folder, refusal))[0]
     if refusal:
         raise refusal
     return folder
@@ -745,7 +745,7 @@ def make_folder(out, name, otherwise):
             return folder
         except FileExistsError:
             if name:
-                raise UserError(f"--name {name}: {folder} exists; another name, or --resume {folder}") from None
+                raise UserError(f"--name {name}: {folder} exists; another name, or --resume it") from None
 
 
 def write_json(path, content):
@@ -1032,33 +1032,23 @@ def command_list(args):
     """Every model and variant with its cost; with --data, beside the figures that the papers print for that dataset."""
     if args.data is not None and args.data not in PAPER_FRAMES:
         raise UserError(f"--list --data {args.data}: the papers count costs on {', '.join(PAPER_FRAMES)}")
-    if args.data:
-        return list_published(args.data, args.setup)
-    say(f"Costs of one sequence of 20 frames of 64×64, read and predicted\n\n"
-        f"{'model':12} {'variant':20} {'set-up':8} {'parameters':>10} {'MACs':>7}  what it is")
+    channels, side, frames = PAPER_FRAMES[args.data or "moving_mnist"]
+    printed = ("printed", "printed", "in") if args.data else ("", "", "what it is")
+    columns = "{:>10} {:>8}   {:>8} {:>8}" if args.data else "{:>10}{:.0}   {:>8}{:.0}"
+    line = ("{:12} {:20} {:8} " + columns + "   {}").format
+    say(f"Parameters, and multiply-accumulates (MACs) of one sequence of {frames} frames of {channels}×{side}×{side}\n\n"
+        + line("model", "variant", "set-up", "parameters", printed[0], "MACs", *printed[1:]))
     for name in MODELS:
         module = model_file(name)
-        setup = args.setup or module.DEFAULT_SETUP
-        for variant, meaning in module.VARIANTS.items():
-            parameters, macs = cost(module, 20, setup=setup, variant=variant)
-            say(f"{name:12} {variant:20} {setup:8} {parameters:>10,} {macs / 1e9:>6.1f}G  {meaning}")
-
-
-def list_published(dataset, setup):
-    """The papers' cost tables for a dataset, counted again."""
-    channels, side, frames = PAPER_FRAMES[dataset]
-    say(f"{dataset}: {frames} frames of {channels}×{side}×{side}; MACs are multiply-accumulates of one sequence\n\n"
-        f"{'':32} {'parameters':>19}   {'MACs':>17}\n"
-        f"{'model':12} {'variant':10} {'set-up':8} {'counted':>10} {'printed':>8}   {'counted':>8} {'printed':>8}   in")
-    for name in MODELS:
-        module = model_file(name)
-        for row in module.PUBLISHED:
-            if row["data"] != dataset or setup not in (None, row["setup"]) or not {"params", "macs"} & {*row}:
-                continue
+        rows = [row for row in module.PUBLISHED if row["data"] == args.data and {"params", "macs"} & {*row}
+                and args.setup in (None, row["setup"])] if args.data else [
+            dict(variant=variant, setup=args.setup or module.DEFAULT_SETUP, source=meaning)
+            for variant, meaning in module.VARIANTS.items()]
+        for row in rows:
             parameters, macs = cost(module, frames, channels, side, setup=row["setup"], variant=row["variant"])
-            say(f"{name:12} {row['variant']:10} {row['setup']:8} {parameters:>10,} {row.get('params', '–'):>8}   "
-                f"{as_printed(macs, row.get('macs', '1.0G')):>8} {row.get('macs', '–'):>8}   {row['source']}"
-                + (f"  ≠ {row['note']}" if "note" in row else ""))
+            say(line(name, row["variant"], row["setup"], f"{parameters:,}", row.get("params", "–" if args.data else ""),
+                     as_printed(macs, row.get("macs", "1.0G")), row.get("macs", "–" if args.data else ""),
+                     row["source"] + (f"  ≠ {row['note']}" if "note" in row else "")))
 
 
 def as_printed(value, like):
@@ -1337,13 +1327,6 @@ class Processes:
     def share(self, total):
         """This process's part of `total` things: a slice; parts differ by one at most, and the first is never empty."""
         return slice(-(-self.rank * total // self.count), -(-(self.rank + 1) * total // self.count))
-
-    def from_first(self, value):
-        """The first process's value (anything that pickles), on all."""
-        box = [value]
-        if self.count > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
 
     def from_all(self, value):
         """Every process's value, in the order of their ranks."""
