@@ -964,7 +964,7 @@ def _scale_of_training(name, frames, stop, ranges=None, per_channel=False):
     every = list(range(frames.shape[1]))
     ends, notes = [], []
     for channels in [[channel] for channel in every] if per_channel else [every]:
-        where = name if channels == every else f"{name}, channel {channels[0]}"
+        where = name if channels == every else f"{name}, channel {channels[0] + 1}"
         (low, high), (least, most) = (_ends(part[:, channels]) for part in (ranges[:stop], ranges[stop:]))
         if not low < high:
             what = "has no data" if math.isnan(low) else f"is {low:g} everywhere"

@@ -33,8 +33,8 @@ NAMES = {  # metric -> its name in a table, its name and unit on an axis
     "ssim": ("SSIM", "SSIM (1 = identical)"),
     "psnr_float": ("PSNR*", "PSNR on floats (dB)"),
     "ssim_gaussian": ("SSIM*", "SSIM, Gaussian window (1 = identical)"),
-    "rmse": ("RMSE, {}", "RMSE ({})"),
-    "mae_units": ("MAE, {}", "MAE ({})"),
+    "rmse": ("RMSE{1}, {0}", "RMSE{1} ({0})"),  # in the data's unit; {1}: the channel, of several
+    "mae_units": ("MAE{1}, {0}", "MAE{1} ({0})"),
     "csi": ("CSI {}", "CSI at {} {}"),
     "hss": ("HSS {}", "HSS at {} {}"),
 }
@@ -42,10 +42,12 @@ NAMES = {  # metric -> its name in a table, its name and unit on an axis
 
 def name_of(metric, unit=None):
     """The name of a metric in a table, and its name with its unit on an axis. unit: the data's, None for none."""
+    kind, _, which = metric.rpartition("_")  # such as csi_0.5, and rmse_2 of the second channel
     if metric in NAMES:
-        return tuple(name.format(unit or "own unit") for name in NAMES[metric])
-    kind, threshold = metric.split("_")
-    return tuple(name.format(threshold, unit or "").strip() for name in NAMES[kind])
+        return tuple(name.format(unit or "own unit", "") for name in NAMES[metric])
+    if kind in ("csi", "hss"):
+        return tuple(name.format(which, unit or "").strip() for name in NAMES[kind])
+    return tuple(name.format(unit or "own unit", f" {which}") for name in NAMES[kind])
 
 
 # ---- Scores of frames ------------------------------------------------------------------------------------------------
@@ -293,13 +295,16 @@ def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim"), unit=No
     """The text table at the end of a run, at most 100 columns wide.
 
     results: summaries (of summarize, with unit_summary and csi_hss merged in where the data have a unit) under
-    "forecast" and, where there are any, "all_predictions", "repeat_last" and "black". Forecast and repeated last frame
-    stand side by side, frame by frame, with their means; below them the means of the others, and of `published`: dicts
+    "forecast" and, where there are any, "all_predictions", "repeat_last", "black" and "first_channel" (the forecast's).
+    Forecast and repeated last frame stand side by side, frame by frame, with their means; below them the means of the
+    others, and of `published`: dicts
     with "source" and some metrics. metrics: what the first block shows, four at most; errors in the data's unit, CSI
     and HSS follow in blocks of their own where there are any. precision: of the run, said beside published figures.
     """
     forecast = results["forecast"]
-    blocks = [[m for m in names if m in forecast] for names in (metrics, ("rmse", "mae_units"))]
+    blocks = [[m for m in metrics if m in forecast]]
+    errors = [m.removeprefix("rmse") for m in forecast if m.startswith("rmse")]
+    blocks += [[f"rmse{c}", f"mae_units{c}"] for c in (errors if len(errors) < 2 else errors[1:])]  # else each channel
     blocks += [[m for m in forecast if m.startswith(score)] for score in ("csi_", "hss_")]
     blocks = [block for block in blocks if block]
     text = "\n\n".join(_block(results, published, block, unit) for block in blocks)
@@ -312,6 +317,8 @@ def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim"), unit=No
         text += "\n* on floats, SSIM with a Gaussian window: as MS-LSTM scores"
     if published and precision:
         text += f"\nthe papers' figures are of fp32 runs; this run computed in {precision}"
+    if len(errors) > 1:
+        text += f"\nRMSE and MAE 1 to {len(errors) - 1}: each channel's, in its own unit"
     names = dict.fromkeys(name_of(m)[0].split()[0].strip("*,") for block in blocks for m in block)
     errors = ("MSE", "MAE", "RMSE")
     better = {"lower": [n for n in names if n in errors], "higher": [n for n in names if n not in errors]}
@@ -334,10 +341,11 @@ def _block(results, published, metrics, unit):
     length = len(forecast[metrics[0]]["frames"])
     rows = [["frame"] + [name_of(m, unit)[0] for m in metrics] * len(sides)]
     rows += [[str(k + 1)] + cells(*sides, frame=k) for k in range(length)] + [["mean"] + cells(*sides)]
-    for name in ("all_predictions", "black"):
+    for name in ("all_predictions", "black", "first_channel"):
         if metrics[0] in results.get(name, {}):
             count = len(results[name][metrics[0]]["frames"])
-            rows.append([name if name == "black" else f"all {count} predictions"] + cells(results[name]))
+            label = f"all {count} predictions" if name == "all_predictions" else name.replace("_", " ")
+            rows.append([label] + cells(results[name]))
     for paper in published:
         if any(paper.get(m) is not None for m in metrics):  # digits as the paper prints them
             source = textwrap.shorten(paper["source"], 32, placeholder=" …")

@@ -679,7 +679,8 @@ def published_scores(config, clips):
     for row in model_file(config["model"]).PUBLISHED if config["as_published"] else ():
         same = (row["variant"], row["setup"], row["data"]) == (config["variant"], config["setup"], clips.name)
         if same and row.get("iterations", config["whole"]) == config["iterations"]:
-            row = dict(row, source=row["source"] + (", all" if "over" in row else ""))
+            alone = ", first channel" if row.get("channels", clips.channels) < clips.channels else ""
+            row = dict(row, source=row["source"] + (", all" if "over" in row else "") + alone)
             if "mse_frames" in row:
                 row.setdefault("mse", round(sum(row["mse_frames"]) / len(row["mse_frames"]), 4))
             for score in ("csi", "hss"):
@@ -892,7 +893,7 @@ def command_resume(args):
     check_shares(f"--resume {args.resume}: its batch of", batch, f"--nproc_per_node={batch} at the most")
     device = device_of(args.device or config["device"])
     if not computes_in(device, config["precision"]):
-        say(f"this CPU has no {config['precision']} arithmetic: going on in fp32")
+        say(f"this device has no {config['precision']} arithmetic: going on in fp32")
         config["precision"] = "fp32"
     precision_of(config["precision"], device)
     clips = open_run_data(run, args, training=True)

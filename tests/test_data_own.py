@@ -265,11 +265,11 @@ def test_each_channel_has_its_own_range(tmp_path):
     frames, expected = clips.test(0, 1)[0].numpy(), array[90:95]
     assert np.allclose(frames[:, 0], expected[:, 0] / 4) and np.allclose(frames[:, 1], (expected[:, 1] - 950) / 100)
     assert np.allclose(clips.to_units(clips.test(0, 1))[0], expected) and (clips.test_units(0, 1)[0] == expected).all()
-    assert "channel 1: scaled by the training part's minimum and maximum, 950 and 1050" in " ".join(clips.notes)
+    assert "channel 2: scaled by the training part's minimum and maximum, 950 and 1050" in " ".join(clips.notes)
     films = films_of(tmp_path / "film.npy", tmp_path, {**INFO, "channels": 2, "scale": clips.info()["scale"]})
     assert np.allclose(films.as_file(films.test(0, 1)), array[-3:])
     array[:, 1] = 1000
-    with pytest.raises(data.DataError, match="channel 1: the training part is 1000 everywhere.*--normalize LOW HIGH"):
+    with pytest.raises(data.DataError, match="channel 2: the training part is 1000 everywhere.*--normalize LOW HIGH"):
         opened(save(tmp_path / "film.npy", array), tmp_path, normalize="range")
     assert opened(tmp_path / "film.npy", tmp_path, normalize=[0, 1050]).channels == 2   # the advice, taken
 

@@ -481,7 +481,7 @@ def test_table_holds_the_numbers():
 
 def test_table_says_units_precision_what_is_left_out_and_how_to_read_it():
     entry = {"mean": 1.5, "frames": [1.0, 2.0]}
-    units = dict.fromkeys(("rmse", "mae_units", "rmse_1", "csi_273.15", "hss_273.15"), entry)
+    units = dict.fromkeys(("rmse", "mae_units", "csi_273.15", "hss_273.15"), entry)
     results = {"forecast": summary_of([10.5, 20.25], **units), "repeat_last": summary_of([100.0, 101.0], **units)}
     results["forecast"]["mse"]["left_out"] = results["repeat_last"]["mse"]["left_out"] = 3
     published = [{"source": "A paper, Table 1", "mse": 61.2}]
@@ -499,6 +499,12 @@ def test_table_says_units_precision_what_is_left_out_and_how_to_read_it():
     assert max(map(len, text.splitlines())) <= 100
     plain = metrics.table(results, precision="bf16")
     assert "bf16" not in plain and "RMSE, own unit" in plain
+    for side in results.values():                                 # two channels: pooled, the larger would hide the other
+        side |= dict.fromkeys(("rmse_1", "mae_units_1", "rmse_2", "mae_units_2"), entry)
+    text = metrics.table(results, unit="K")
+    heads = [block.splitlines()[1].split()[1:7] for block in text.split("\n\n")[1:3]]
+    assert heads == [["RMSE", "1,", "K", "MAE", "1,", "K"], ["RMSE", "2,", "K", "MAE", "2,", "K"]]
+    assert "each channel's" in text and "RMSE, K" not in text
 
 
 def test_table_of_a_real_evaluation_stays_narrow():
