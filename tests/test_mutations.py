@@ -1,6 +1,7 @@
 """Files of every kind, cut, flipped, edited and swapped: each works, or is refused in one line with nothing written."""
 
 import bz2
+import contextlib
 import datetime
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import pytest
 from test_data_germany import composite
 
 import data
+import train
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="what hangs is found by SIGALRM")
 EACH = 33    # mutations of a kind
@@ -118,8 +120,9 @@ def hold(opened, folder):
             warnings.simplefilter("always")
             opened()
             works = True
-    except data.DataError as error:
-        assert str(error).isprintable() and len(str(error)) < 1000, str(error)
+    except (data.DataError, train.UserError) as error:            # train.py's own are made printable where they are printed
+        said_of_it = str(error) if isinstance(error, data.DataError) else data.printable(str(error))
+        assert said_of_it.isprintable() and len(said_of_it) < 1000, said_of_it
         assert tree(folder) == before
         works = False
     finally:
@@ -253,13 +256,36 @@ def typhoon_packed(folder, monkeypatch):
     return typhoon(folder, monkeypatch, bz2.compress)
 
 
+def run(folder):
+    np.save(folder / "own.npy", np.random.default_rng(0).random((40, 8, 8), np.float32))
+    options = "--device cpu --hidden 2 --layers 1 --kernel 1 --frames-in 2 --horizon 2 --batch 2 --iterations 1 --name a"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert train.main(["convlstm", "--data", str(folder / "own.npy"), "--data-dir", str(folder / "data"),
+                           "--out", str(folder / "runs"), *options.split()]) == 0
+
+
+def checkpoint(folder, monkeypatch):
+    run(folder)
+    return "runs/a/last.pt", lambda: train.open_run(folder / "runs/a")
+
+
+def results(folder, monkeypatch):
+    run(folder)
+    return "runs/a/results.json", lambda: train.read_results(folder / "runs/a/results.json")
+
+
+def log(folder, monkeypatch):
+    run(folder)
+    return "runs/a/log.csv", lambda: train.read_log(folder / "runs/a/log.csv")
+
+
 def clips(opened):
     """Read some of each part."""
     return [part.numpy() for part in (opened.train(0, 0, 2), opened.valid(0, 2), opened.test(0, 2))]
 
 
 KINDS = (own, own_packed, to_forecast, mnist, mnist_plain, taxibj, taxibj_clips, kth, radolan, radolan_packed,
-         radolan_archive, rydl, typhoon, typhoon_packed)
+         radolan_archive, rydl, typhoon, typhoon_packed, checkpoint, results, log)
 OURS = (own, own_packed, taxibj, kth, typhoon)
 
 
