@@ -369,6 +369,7 @@ def test_out_of_memory(capsys):
     ("convlstm --seed -1", "--seed"),
     ("convlstm --seed 99999999999999999999999", "--seed"),
     ("convlstm --kernel 4 --device cpu --data moving_digits", "odd"),
+    ("convlstm --quick --kernel 4", "odd"),
     ("convlstm --patch 7 --device cpu --data moving_digits", "63×63"),
     ("convlstm --device nosuch", "cuda"),
     ("convlstm --device cpu --precision tf32", "tf32"),
@@ -488,6 +489,7 @@ def test_losses_by_hand():
     prediction[0, 0] = 2.0                                        # one of six frames, four pixels off by 2
     assert train.frame_loss(prediction, truth, "l2").item() == pytest.approx(16 / 6)
     assert train.frame_loss(prediction, truth, "l1+l2").item() == pytest.approx((16 + 8) / 6)
+    assert train.frame_loss(prediction, truth, "l2+0.2l1").item() == pytest.approx((16 + 0.2 * 8) / 6)
 
 
 def test_masks_follow_the_probabilities():
