@@ -85,8 +85,8 @@ def settings(args):
     clips = data.open_data(source, args.data_dir or "data", setup, args.frames_in, args.horizon, **options)
     scale = json_safe(clips.info()).get("scale")
     if args.init is not None and scale != start:
-        raise UserError(f"--init {args.init}: its weights read data scaled by {start or 'their type'}, these are scaled "
-                        f"by {scale or 'their type'}: leave out --normalize to take over the run's scale")
+        raise UserError(f"--init {args.init}: its weights read data scaled by {start or 'their type'}, these are "
+                        f"scaled by {scale or 'their type'}: leave out --normalize to take over the run's scale")
     training = dict(module.TRAINING[setup])
     training |= training.pop("data").get(clips.name, {}) | (OWN if clips.own else {}) | quick
     batch = pick("batch", training["batch"])
@@ -408,38 +408,38 @@ def train(config, clips, device, folder, stop, checkpoint=None):
             save_checkpoint(folder / name, dict(config=config, iteration=iteration, validation=validation, **window,
                                                 model=model.state_dict(), optimizer=optimizer))
 
-    while True:
-        # Everything due at this iteration comes first, so a run resumed here, or one that was stopped in the middle of
-        # it, does the same things in the same order.
-        done = iteration == config["iterations"]
-        due = iteration and (iteration % config["eval_every"] == 0 or done)
-        if due and iteration not in (k for k, _ in validation):
-            score = validate(model, config, clips, device, stop)
-            if score is not None:
-                if not math.isfinite(score):
-                    raise RunError(f"the validation's MSE was not finite at iteration {iteration}; {way_on}")
-                best = score < min((mse for _, mse in validation), default=math.inf)
-                validation.append([iteration, score])
-                say(f"iteration {iteration}: validation MSE {score:.2f}" + (", the best yet" if best else ""))
-                if best:
-                    save("best.pt")
-        asked = stop.agreed()
-        if iteration % config["save_every"] == 0 or done or asked:
-            save("last.pt")
-        if asked:
-            processes.maximum(0)    # who left before it is saved, would make torchrun end the one that saves
-            raise Interrupted(asked, f"stopped at iteration {iteration}, saved; go on with: "
-                                     f"python train.py --resume {folder}")
-        if done:
-            log.close()
-            return model, validation
+    with contextlib.closing(log):
+        while True:
+            # Everything due at this iteration comes first, so a run resumed here, or one that was stopped in the middle
+            # of it, does the same things in the same order.
+            done = iteration == config["iterations"]
+            due = iteration and (iteration % config["eval_every"] == 0 or done)
+            if due and iteration not in (k for k, _ in validation):
+                score = validate(model, config, clips, device, stop)
+                if score is not None:
+                    if not math.isfinite(score):
+                        raise RunError(f"the validation's MSE was not finite at iteration {iteration}; {way_on}")
+                    best = score < min((mse for _, mse in validation), default=math.inf)
+                    validation.append([iteration, score])
+                    say(f"iteration {iteration}: validation MSE {score:.2f}" + (", the best yet" if best else ""))
+                    if best:
+                        save("best.pt")
+            asked = stop.agreed()
+            if iteration % config["save_every"] == 0 or done or asked:
+                save("last.pt")
+            if asked:
+                processes.maximum(0)    # who left before it is saved, would make torchrun end the one that saves
+                raise Interrupted(asked, f"stopped at iteration {iteration}, saved; go on with: "
+                                         f"python train.py --resume {folder}")
+            if done:
+                return model, validation
 
-        frames = clips.train(config["seed"], iteration, config["batch"], share, device)
-        mask, epsilon = sampling_mask(model, config, iteration, device)
-        lr = learning_rate(config, iteration)
-        log.losses[iteration % config["log_every"]] = step(frames, mask, lr)
-        iteration += 1
-        log.tick(iteration, lr, epsilon, way_on)
+            frames = clips.train(config["seed"], iteration, config["batch"], share, device)
+            mask, epsilon = sampling_mask(model, config, iteration, device)
+            lr = learning_rate(config, iteration)
+            log.losses[iteration % config["log_every"]] = step(frames, mask, lr)
+            iteration += 1
+            log.tick(iteration, lr, epsilon, way_on)
 
 
 def learning_rate(config, iteration):
@@ -708,7 +708,7 @@ def write_film_strip(model, config, clips, device, path, iteration, sequences=3)
 
 
 def in_units(clips, start, frames, forecast):
-    """Test sequences from `start` on and a forecast as they are drawn: in the data's unit, NaN where there are no data."""
+    """Test sequences from `start` on and a forecast as they are drawn: in the data's unit, NaN where data are missing."""
     forecast = forecast.clamp(0, 1)
     if clips.unit:
         frames, forecast = clips.test_units(start, start + len(frames)), clips.to_units(forecast)
@@ -1041,7 +1041,7 @@ def command_list(args):
     printed = ("printed", "printed", "in") if args.data else ("", "", "what it is")
     columns = "{:>10} {:>8}   {:>8} {:>8}" if args.data else "{:>10}{:.0}   {:>8}{:.0}"
     line = ("{:12} {:20} {:8} " + columns + "   {}").format
-    say(f"Parameters, and multiply-accumulates (MACs) of one sequence of {frames} frames of {channels}×{side}×{side}\n\n"
+    say(f"Parameters, and multiply-accumulates (MACs) of a sequence of {frames} frames of {channels}×{side}×{side}\n\n"
         + line("model", "variant", "set-up", "parameters", printed[0], "MACs", *printed[1:]))
     for name in MODELS:
         module = model_file(name)
