@@ -708,7 +708,7 @@ def write_film_strip(model, config, clips, device, path, iteration, sequences=3)
 
 
 def in_units(clips, start, frames, forecast):
-    """Test sequences from `start` on and a forecast as they are drawn: in the data's unit, NaN where data are missing."""
+    """Test sequences from `start` on and a forecast as they are drawn: in the data's unit, NaN without data."""
     forecast = forecast.clamp(0, 1)
     if clips.unit:
         frames, forecast = clips.test_units(start, start + len(frames)), clips.to_units(forecast)
