@@ -25,7 +25,6 @@ import os
 import queue
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tarfile
@@ -751,10 +750,7 @@ def own_frames(path, data_dir, layout=None, channels=None, colour=False):
         raise DataError(f"--layout {layout} is none of {', '.join(LAYOUTS)}")
     kind, sources, passed, files = path.suffix.lower(), [path], [], not path.is_dir()
     if not files:
-        try:
-            there = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        there = [path / name for name in _listed(path, "(?s).+")]
         there.sort(key=lambda entry: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), entry.name))
         kinds = [[entry for entry in there if entry.suffix.lower() in kinds] for kinds in ((".npy",), VIDEOS, IMAGES)]
         sources = next(filter(None, kinds), [])
@@ -1113,7 +1109,6 @@ def open_own(path, data_dir="data", frames_in=None, horizon=None, normalize=None
         way_out = {"train": ": lower --frames-in or --horizon", "test": ": lower --horizon"}.get(use, "")
         raise DataError(f"{path} has films of {max(stop - first for first, stop in every)} frames, fewer than one "
                         f"window of {what}{way_out}")
-    none = np.empty(0, np.int64)
     if use == "train":
         first_test = _cut(films, films[-1][1], length) if index["test"] is None else every[index["test"]][0]
         begin = _cut(films, first_test, length)
@@ -1125,7 +1120,7 @@ def open_own(path, data_dir="data", frames_in=None, horizon=None, normalize=None
                             f"and test (none for {' and '.join(empty)}): lower --frames-in or --horizon")
     else:
         test = _starts(films, length, horizon) if horizon else np.array([stop - length for _, stop in films])
-        starts = {"train": none, "valid": none, "test": test}
+        starts = {"train": test[:0], "valid": test[:0], "test": test}
     ranges = _kept_ranges(frames, path, index["folder"])
     _no_empty_window(path, frames, ranges, np.concatenate([*starts.values()]), length)
     if normalize == "range":
@@ -1188,10 +1183,9 @@ class FrameWriter:
 
     def finish(self):
         """Write the header, padded to its 128 bytes."""
-        about = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False,
-                 "shape": (self.count, *self.shape)}
         self.file.seek(0)
-        self.file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + repr(about).ljust(117).encode() + b"\n")
+        np.lib.format.write_array_header_1_0(self.file, {"descr": np.lib.format.dtype_to_descr(self.dtype),
+                                                         "fortran_order": False, "shape": (self.count, *self.shape)})
 
 
 def unpack_once(folder, sources, dtype, shape, write, about=""):
@@ -1277,7 +1271,7 @@ def _not_read(name, others, where=""):
 
 
 def _nothing_to_read(name, folder):
-    return DataError(f"{folder} has no files of {name}: {WHERE_FROM[name]}")
+    raise DataError(f"{folder} has no files of {name}: {WHERE_FROM[name]}")
 
 
 def _parts(name, side, test, length, why=""):
@@ -1349,16 +1343,12 @@ def open_taxibj(folder, setup="patch4", frames_in=None, horizon=None):
     if there and len(there) < 4:
         raise DataError(f"{folder} lacks {', '.join(path.name for path in files if path not in there)}: all four files "
                         f"are needed")
-    found, cut = None, _taxibj_of_days
-    if there or not packed.exists():
-        found = unpack_once(folder, there, "<f4", (2, 32, 32), lambda writer: _unpack_taxibj(writer, there), "h5")
-    if not found:
-        found, cut = unpack_once(folder, [packed] if packed.exists() else [], "<f4", (2, 32, 32),
-                                 lambda writer: _unpack_taxibj_npz(writer, packed), "npz"), _taxibj_of_clips
-    if not found:
-        raise _nothing_to_read("taxibj", folder)
-    frames, index = found
-    parts, about = cut(frames, index, frames_in, horizon)
+    clips = [packed] if packed.exists() else []
+    days = None if clips and not there else unpack_once(
+        folder, there, "<f4", (2, 32, 32), lambda writer: _unpack_taxibj(writer, there), "h5")
+    frames, index = days or unpack_once(folder, clips, "<f4", (2, 32, 32), lambda writer: _unpack_taxibj_npz(
+        writer, packed), "npz") or _nothing_to_read("taxibj", folder)
+    parts, about = (_taxibj_of_days if days else _taxibj_of_clips)(frames, index, frames_in, horizon)
     if setup == "fullres":
         frames, about["test_set"] = frames[:, :1], f"{about['test_set']}, inflow alone"
     return Windows("taxibj", frames, parts, frames_in, horizon, **about)
@@ -1471,10 +1461,8 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
     (MS-LSTM): walking, jogging, running, 10 -> 10.
     """
     files = [folder / action / name for action in KTH_ACTIONS for name in _listed(folder / action, r".*\.avi")]
-    found = unpack_once(folder, files, np.uint8, (1, 128, 128), lambda writer: _unpack_kth(writer, files))
-    if not found:
-        raise _nothing_to_read("kth", folder)
-    frames, index = found
+    frames, index = (unpack_once(folder, files, np.uint8, (1, 128, 128), lambda writer: _unpack_kth(writer, files))
+                     or _nothing_to_read("kth", folder))
     ranges = _kth_ranges(folder / "00sequences.txt")
     frames_in = frames_in or 10
     horizon = horizon or 10
@@ -1496,10 +1484,8 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
                        f" ({len(index['films'])} files could be read)")
     notes = [f"KTH: {len(index['films'])} of the dataset's 599 files; {len(parts['train'])} training windows (people "
              f"1-15), {len(parts['valid'])} for validation (person 16), {len(parts['test'])} for the test (17-25)"]
-    if skipped:
-        notes.append(f"KTH: {len(skipped)} files skipped: {', '.join(skipped)}")
-    if short:
-        notes.append(f"KTH: {len(short)} files shorter than their ranges: {', '.join(short)}")
+    notes += [f"KTH: {len(names)} files {what}: {', '.join(names)}" for names, what in
+              ((skipped, "skipped"), (short, "shorter than their ranges")) if names]
     return Windows("kth", frames, parts, frames_in, horizon, test_horizon, notes=notes,
                    test_set=f"people 17-25, {', '.join(actions)}, {frames_in} -> {test_horizon}")
 
@@ -1585,10 +1571,8 @@ def open_germany(folder, setup="patch4", frames_in=None, horizon=None):
     packed = (folder / "RYDL.hdf5").exists()
     names = _listed(folder, r"RYDL\.hdf5" if packed else f"{RADOLAN_FILE}|{RADOLAN_ARCHIVE}", others)
     sources, read = [folder / name for name in names], _rydl if packed else _composites
-    found = unpack_once(folder, sources, "<f4", (1, 180, 180), lambda writer: _unpack_germany(writer, read, sources))
-    if not found:
-        raise _nothing_to_read("germany", folder)
-    frames, index = found
+    frames, index = unpack_once(folder, sources, "<f4", (1, 180, 180), lambda writer: _unpack_germany(
+        writer, read, sources)) or _nothing_to_read("germany", folder)
     times = np.array(index["times"], np.int64)
     order = np.argsort(times)
     times = times[order]
@@ -1620,10 +1604,8 @@ def _whole_windows(slots, length, stride):
     if not len(slots):
         return np.empty(0, np.int64), 0
     candidates = np.arange(slots[0], slots[-1] - length + 2, stride)
-    places = np.searchsorted(slots, candidates)
-    ends = np.minimum(places + length - 1, len(slots) - 1)
-    whole = (slots[places] == candidates) & (slots[ends] == candidates + length - 1)
-    return places[whole].astype(np.int64), int((~whole).sum())
+    whole = np.isin(candidates[:, None] + np.arange(length), slots).all(1)
+    return np.searchsorted(slots, candidates[whole]), int((~whole).sum())
 
 
 def _unpack_germany(writer, read, sources):
@@ -1786,11 +1768,8 @@ def open_typhoon(folder, setup="patch4", frames_in=None, horizon=None, box=None)
     names = _listed(folder, HIMAWARI, others)
     files = {name[:12]: folder / name for name in names}
     others += [name for name in names if files[name[:12]].name != name]
-    found = unpack_once(folder, [*files.values()], "<f4", (1, 64, 64),
-                        lambda writer: _unpack_typhoon(writer, files, rows, columns), region)
-    if not found:
-        raise _nothing_to_read("typhoon", folder)
-    frames, index = found
+    frames, index = unpack_once(folder, [*files.values()], "<f4", (1, 64, 64), lambda writer: _unpack_typhoon(
+        writer, files, rows, columns), region) or _nothing_to_read("typhoon", folder)
     hours = np.array(index["hours"])
     gaps = np.flatnonzero(np.diff(hours) != 1) + 1
     starts = _starts(zip([0, *gaps], [*gaps, len(hours)]), length)
