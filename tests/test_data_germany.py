@@ -363,3 +363,12 @@ def test_rydl(folder):
     with h5py.File(path, "w") as file:
         file.create_group("201406010000")
     refused(folder, "RYDL.hdf5")
+
+
+@pytest.mark.parametrize("stride", (1, 4))
+def test_a_window_lacks_no_slot_not_even_the_last(stride):
+    slots = np.array([0, 1, 2, 3, 4, 5, 7])
+    windows = [[int(at) in slots for at in range(first, first + 4)] for first in range(0, 5, stride)]
+    places, others = data._whole_windows(slots, 4, stride)
+    assert [slots[at] for at in places] == [first * stride for first, whole in enumerate(windows) if all(whole)]
+    assert others == sum(not all(whole) for whole in windows) and places.max() + 4 <= len(slots)
