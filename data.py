@@ -22,7 +22,6 @@ import io
 import json
 import math
 import os
-import queue
 import re
 import shutil
 import subprocess
@@ -33,7 +32,7 @@ import threading
 import urllib.request
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -545,7 +544,7 @@ def _fetch(url, most):
 
     In a thread of its own: a server that drips could otherwise hold back whoever waits, its headers alone for days.
     """
-    answer, late = queue.Queue(), threading.Event()
+    answer, late = Future(), threading.Event()
 
     def fetch():
         try:
@@ -558,19 +557,15 @@ def _fetch(url, most):
                         bar.update(len(part))
                         if len(content) > most:
                             raise ValueError("it sends more than the file has")
-            answer.put(content)
+            answer.set_result(bytes(content))
         except Exception as error:
-            answer.put(error)
+            answer.set_exception(error)
 
     threading.Thread(target=fetch, daemon=True).start()
-    try:
-        content = answer.get(timeout=DOWNLOAD)
-    except queue.Empty:
+    if not wait([answer], DOWNLOAD).done:
         late.set()
-        raise TimeoutError(f"not done after {DOWNLOAD} seconds") from None
-    if isinstance(content, Exception):
-        raise content
-    return bytes(content)
+        raise TimeoutError(f"not done after {DOWNLOAD} seconds")
+    return answer.result()
 
 
 def open_moving_mnist(folder, setup="patch4", frames_in=None, horizon=None):
@@ -896,11 +891,10 @@ def _images(paths, channels, notes):
         with reading(path):
             return next(iter([*_decoded(path, channels, notes, "-frames:v", "1")]))
 
-    first = None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for at in range(0, len(paths), 64):
             for path, frame in zip(paths[at:], pool.map(one, paths[at:at + 64])):
-                first = frame if first is None else first
+                first = frame if path is paths[0] else first
                 if frame.shape != first.shape:
                     raise DataError(f"{path} has {frame.shape[3]} x {frame.shape[2]} pixels, {paths[0].name} "
                                     f"{first.shape[3]} x {first.shape[2]}: the images of a folder must be alike")
