@@ -891,10 +891,11 @@ def _images(paths, channels, notes):
         with reading(path):
             return next(iter([*_decoded(path, channels, notes, "-frames:v", "1")]))
 
+    first = None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for at in range(0, len(paths), 64):
             for path, frame in zip(paths[at:], pool.map(one, paths[at:at + 64])):
-                first = frame if path is paths[0] else first
+                first = frame if first is None else first
                 if frame.shape != first.shape:
                     raise DataError(f"{path} has {frame.shape[3]} x {frame.shape[2]} pixels, {paths[0].name} "
                                     f"{first.shape[3]} x {first.shape[2]}: the images of a folder must be alike")
