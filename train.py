@@ -84,9 +84,9 @@ def settings(args):
         options["scale"] = start    # weights mean what they meant
     clips = data.open_data(source, args.data_dir or "data", setup, args.frames_in, args.horizon, **options)
     scale = json_safe(clips.info()).get("scale")
-    if args.init is not None and scale != start:
-        raise UserError(f"--init {args.init}: its weights read data scaled by {start or 'their type'}, these are "
-                        f"scaled by {scale or 'their type'}: leave out --normalize to take over the run's scale")
+    if start is not None and scale != start:
+        raise UserError(f"--init {args.init}: its weights read data scaled by {start}, these are scaled by "
+                        f"{scale or 'their type'}: leave out --normalize to take over the run's scale")
     training = dict(module.TRAINING[setup])
     training |= training.pop("data").get(clips.name, {}) | (OWN if clips.own else {}) | quick
     batch = pick("batch", training["batch"])
@@ -968,11 +968,11 @@ def command_eval(args):
         suffix = which_evaluation(run, args, clips)
     else:                           # a storm that the run never saw, every window of it
         clips = data.open_test(args.data, data_dir_of(run, args), config["clips"], config["options"] | options,
-                               args.horizon, any_size=config["setup"] == "fullres")
+                               args.horizon, any_size=not run.model.one_size)
         run = run._replace(model=fitted(run.model, config, clips.size))
         number = min(args.eval_sequences or clips.test_count, clips.test_count)
         config |= dict(eval_sequences=number, as_published=False)
-        suffix = f"-{clips.name}"
+        suffix = ("" if run.weights == "last" else f"-{run.weights}") + f"-{clips.name}"
         for note in clips.notes:
             say(note)
     with Stop() as stop:
@@ -987,7 +987,7 @@ def command_predict(args):
     run, device = trained(args, args.predict)
     config = run.config
     films = data.open_films(args.data, data_dir_of(run, args), config["clips"], config["options"] | options_of(args),
-                            any_size=config["setup"] == "fullres")
+                            any_size=not run.model.one_size)
     for note in films.notes:
         say(note)
     horizon, source = args.horizon or config["horizon"], Path(args.data)
@@ -1008,7 +1008,7 @@ def command_predict(args):
 
 
 def fitted(model, config, size):
-    """A model for frames of another size than it was trained on: under `fullres` the same weights fit."""
+    """A model for frames of another size than it was trained on; without LayerNorm the same weights fit."""
     if tuple(size) == tuple(config["network"]["size"]):
         return model
     other = build(config | dict(network=config["network"] | dict(size=list(size))))
