@@ -228,7 +228,7 @@ def precision_of(name, device):
 
 
 def autocast(device, precision):
-    """Convolutions and matrix products in bf16 where asked for; states, norms, losses and scores are fp32."""
+    """Convolutions and matrix products in bf16 where asked for; memories, norms, losses and scores are fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

@@ -118,24 +118,29 @@ def test_refusals(arguments, says, capsys):
 
 @pytest.mark.parametrize("name", train.MODELS)
 def test_bf16_follows_fp32(name):
-    """The loss of a bf16 run stays beside that of an fp32 run, and states, predictions and gradients stay fp32."""
+    """The loss of a bf16 run stays beside that of an fp32 run; memories, predictions and gradients stay fp32.
+
+    H, the first of every layer's states, goes into convolutions alone: it is rounded once to what they compute in.
+    """
     losses = {}
     for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
         model = train.model_file(name).MODEL(size=16, hidden=8, layers=2, kernel=3, setup="patch4")
         frames = (torch.rand(4, 5, 1, 4, 4) > 0.5).float().repeat_interleave(4, 3).repeat_interleave(4, 4)
         config = dict(batch=4, precision=precision, loss="l2", optimizer="adam", lr=2e-3, weight_decay=0.0)
-        optimizer, dtypes = train.make_optimizer(model, config), []
+        optimizer, hidden, dtypes = train.make_optimizer(model, config), set(), set()
         step, mask = model.step, torch.ones(4, 4, dtype=torch.bool)
 
         def watched(*arguments):
             out = step(*arguments)
-            dtypes.extend(t.dtype for t in torch.utils._pytree.tree_leaves(out[:2]) if isinstance(t, torch.Tensor))
+            layers, *zigzag = out[1] if isinstance(out[1], tuple) else (out[1],)
+            hidden.update(layer[0].dtype for layer in layers)
+            dtypes.update(t.dtype for t in (out[0], *zigzag, *(t for layer in layers for t in layer[1:])))
             return out
 
         model.step = watched
         losses[precision] = [train.train_step(model, optimizer, frames, mask, config).item() for _ in range(40)]
-        assert set(dtypes) == {torch.float32}
+        assert dtypes == {torch.float32} and hidden == {torch.bfloat16 if precision == "bf16" else torch.float32}
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
     first, last = (abs(losses["bf16"][k] - losses["fp32"][k]) / losses["fp32"][k] for k in (0, -1))
     assert losses["fp32"][-1] < 0.8 * losses["fp32"][0] and first < 0.02 and last < 0.1, (first, last, losses)
