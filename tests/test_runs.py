@@ -247,8 +247,8 @@ def test_evaluation_takes_what_memory_there_is(made, capsys, monkeypatch):
     assert run("--eval", made) == 0
     small = json.loads((made / "results.json").read_text())
     assert 3 in sizes and sizes.count(2) and small["eval_batch"] == 2
-    for name in ("mse", "mae", "psnr", "ssim"):
-        np.testing.assert_allclose(small["forecast"][name]["frames"], whole["forecast"][name]["frames"], rtol=1e-5)
+    for name in ("mse", "mae", "psnr_float", "ssim_gaussian"):     # the others truncate to 8 bits, where rounding can flip one
+        np.testing.assert_allclose(small["forecast"][name]["frames"], whole["forecast"][name]["frames"], 1e-5, 1e-6)
     monkeypatch.setattr(convlstm.ConvLSTM, "forward", forward)
     assert run("--eval", made) == 0
     assert json.loads((made / "results.json").read_text()) == small
