@@ -1,7 +1,7 @@
 """Train a model by name, evaluate it, forecast with it: the command line.
 
     python train.py convlstm                      the paper's run on Moving MNIST, on a CUDA device
-    python train.py convlstm --quick              a two-minute demonstration on any machine
+    python train.py convlstm --quick              a three-minute demonstration on any machine
     torchrun --nproc_per_node=4 train.py convlstm the same run on four devices
     python train.py --help                        everything else
 
@@ -53,8 +53,8 @@ import data
 import metrics
 
 MODELS = ("convlstm", "predrnn", "sa_convlstm", "cms_lstm", "moderrnn", "ms_lstm")
-# A network that any machine trains in about two minutes, whatever the model: all its iterations take so many multiply-
-# accumulates (forward). It says nothing about the papers' results.
+# A network that any machine trains in about three minutes, whatever the model: all its iterations take so many
+# multiply-accumulates (forward). It says nothing about the papers' results.
 QUICK = dict(data="moving_digits", layers=2, hidden=32, kernel=3, patch=8, batch=4, lr=5e-3, final_lr=1e-5,
              loss="l2+0.2l1", no_reverse=True, eval_sequences=100)
 QUICK_MACS = 1.62e12
@@ -176,7 +176,7 @@ def device_of(name, quick=False):
         raise UserError(f"--device {name}: no such device; cuda, cuda:N or cpu") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device here: add --device cpu to train on the CPU all the same (days, not hours), "
-                        "or --quick for a two-minute demonstration")
+                        "or --quick for a three-minute demonstration")
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"--device {name}: only cuda and cpu are supported")
     if device.type == "cuda":
@@ -1249,7 +1249,7 @@ def parser():
               ("hidden", "channels of the states"), ("layers", "layers"), ("kernel", "side of the gates' kernels, odd"),
               ("patch", "side of the patches that frames are cut into"))))
     group("training (default: the paper's)",
-          ("quick", "a two-minute demonstration on moving_digits, on any machine", flag),
+          ("quick", "a three-minute demonstration on moving_digits, on any machine", flag),
           ("iterations", "how long; 100 epochs for data of yours", "N"),
           ("batch", "sequences an iteration, of all processes together", "N"),
           ("lr", "learning rate", dict(type=RATE, metavar="X")),
