@@ -379,17 +379,12 @@ class Step:
 
 # ----------------------------------------------------------------------------------------------------------- the loop
 
-def train(config, clips, device, folder, stop, checkpoint=None):
-    """Train a run from where it stands to its end; leaves last.pt, best.pt and log.csv.
+def train(model, config, clips, device, folder, stop, checkpoint=None):
+    """Train a run's model from where it stands to its end; leaves last.pt, best.pt and log.csv.
 
-    Returns the model and its validations, [[iteration, MSE], …].
+    Returns the validations, [[iteration, MSE], …].
     """
-    model = build(config).to(device)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    elif config["init"]:
-        model.load_state_dict(initial_weights(config))
-    step = Step(model, config, device)
+    step = Step(model.to(device), config, device)
     iteration, validation = 0, []
     if checkpoint:
         step.load(checkpoint["optimizer"])
@@ -432,7 +427,7 @@ def train(config, clips, device, folder, stop, checkpoint=None):
                 raise Interrupted(asked, f"stopped at iteration {iteration}, saved; go on with: "
                                          f"python train.py --resume {folder}")
             if done:
-                return model, validation
+                return validation
 
             frames = clips.train(config["seed"], iteration, config["batch"], share, device)
             mask, epsilon = sampling_mask(model, config, iteration, device)
@@ -824,17 +819,17 @@ def open_run(run):
     return Run(path.parent, path.stem, config, checkpoint, model)
 
 
-def initial_weights(config):
-    """--init: the weights of another run, which must be of the same network."""
+def load_weights(model, config):
+    """--init: give a model the weights of another run, which must be of the same network."""
     run = open_run(config["init"])
     kind = "model", "variant", "setup"
     here, there = ({name: of[name] for name in kind} | of["network"] for of in (config, run.config))
     differs = [f"{name} {there.get(name) or 'of the set-up'}, here {here[name] or 'of the set-up'}"
                for name in here if here[name] != there.get(name)]
-    shapes = [[(name, w.shape) for name, w in model.state_dict().items()] for model in (build(config), run.model)]
+    shapes = [[(name, w.shape) for name, w in one.state_dict().items()] for one in (model, run.model)]
     if shapes[0] != shapes[1] or any(here[name] != there[name] for name in kind):
         raise UserError(f"--init {config['init']}: its weights are of another network: {'; '.join(differs)}")
-    return run.checkpoint["model"]
+    model.load_state_dict(run.checkpoint["model"])
 
 
 def open_run_data(run, args, training=False):
@@ -875,7 +870,7 @@ def command_train(args):
     config, clips, device = settings(args)
     model = build(config)           # a network that cannot be built, or not from --init, leaves no folder behind
     if config["init"]:
-        initial_weights(config)
+        load_weights(model, config)
     processes.start()
     folder = new_folder(args, config, clips)
     config["folder"] = os.path.abspath(folder)
@@ -885,7 +880,7 @@ def command_train(args):
         f"{config['batch']}{both}, {config['precision']} on {config['versions']['device']}")
     for note in clips.notes:
         say(note)
-    work(config, clips, device, folder)
+    work(model, config, clips, device, folder)
 
 
 def command_resume(args):
@@ -917,17 +912,17 @@ def command_resume(args):
         config["iterations"] = args.iterations
     processes.start()
     say(f"{run.folder}: going on from iteration {at} of {config['iterations']}")
-    work(config, clips, device, run.folder, run.checkpoint)
+    work(run.model, config, clips, device, run.folder, run.checkpoint)
 
 
-def work(config, clips, device, folder, checkpoint=None):
+def work(model, config, clips, device, folder, checkpoint=None):
     """Train to the end and evaluate, alone in the run's folder."""
     try:
         alone = data.alone_in(folder, wait=False) if processes.first else contextlib.nullcontext()
         with Stop() as stop, alone:
             if processes.first:
                 write_json(folder / "config.json", config)
-            model, validation = train(config, clips, device, folder, stop, checkpoint)
+            validation = train(model, config, clips, device, folder, stop, checkpoint)
             finish(model, config, clips, folder, config["iterations"], validation, stop)
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):

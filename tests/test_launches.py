@@ -6,7 +6,6 @@ cost of another cast there and back, and its attention and its convolutions' bia
 """
 
 import collections
-import importlib
 
 import pytest
 import torch
