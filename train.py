@@ -944,9 +944,12 @@ def trained(args, run):
     return run._replace(model=run.model.to(device)), device
 
 
-def which_evaluation(run, args, clips):
-    """Set how many test sequences to evaluate; returns the suffix of its files: a run's own results stay."""
-    suffix = "" if run.weights == "last" else f"-{run.weights}"
+def which_evaluation(run, args, clips, other=""):
+    """Set how many test sequences to evaluate; returns the suffix of its files: a run's own results stay.
+
+    other: where the clips are not the run's, what tells them apart.
+    """
+    suffix = ("" if run.weights == "last" else f"-{run.weights}") + other
     number = min(args.eval_sequences or run.config["eval_sequences"], clips.test_count)
     if number != run.config["eval_sequences"]:
         run.config["eval_sequences"] = number
@@ -965,9 +968,8 @@ def command_eval(args):
         clips = data.open_test(args.data, data_dir_of(run, args), config["clips"], config["options"] | options,
                                args.horizon, any_size=not run.model.one_size)
         run = run._replace(model=fitted(run.model, config, clips.size))
-        number = min(args.eval_sequences or clips.test_count, clips.test_count)
-        config |= dict(eval_sequences=number, as_published=False)
-        suffix = ("" if run.weights == "last" else f"-{run.weights}") + f"-{clips.name}"
+        config |= dict(eval_sequences=clips.test_count, as_published=False)
+        suffix = which_evaluation(run, args, clips, f"-{clips.name}")
         for note in clips.notes:
             say(note)
     with Stop() as stop:

@@ -283,6 +283,9 @@ def test_a_threshold_is_taken_on_the_data_as_stored(capsys):
     other = json.loads(Path("runs/a/results-other_npy.json").read_text())
     assert len(other["repeat_last"]["csi_20"]["frames"]) == 4 and other["repeat_last"]["csi_20"]["mean"] == 1
     assert json.loads(Path("runs/a/results.json").read_text()) == results
+    assert run("--eval", "runs/a", "--data", "other.npy", "--horizon", 4, "--eval-sequences", 1) == 0
+    assert json.loads(Path("runs/a/results-other_npy-1-sequences.json").read_text())["sequences"] == 1
+    assert json.loads(Path("runs/a/results-other_npy.json").read_text()) == other
 
 
 def test_a_model_for_any_size_forecasts_any_size(capsys):
