@@ -1451,4 +1451,8 @@ def attempt(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if processes.count > 1:
+        # Gloo's threads let go of what was gathered when they come to it; if Python is ending by then, they abort.
+        os._exit(status)
+    sys.exit(status)
