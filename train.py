@@ -30,6 +30,7 @@ if __name__ == "__main__":      # torch takes seconds to import: Ctrl-C is one l
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -113,7 +114,7 @@ def settings(args):
         reverse=training["reverse"] and not pick("no_reverse"),
         iterations=iterations, schedule=iterations,     # `schedule`: what ε and lr are spread over, on a longer run too
         seed=args.seed or 0, precision=precision, recompute=bool(args.recompute),
-        graph=not args.no_graph, init=args.init and os.path.abspath(args.init),
+        graph=not args.no_graph, compile=bool(args.compile), init=args.init and os.path.abspath(args.init),
         log_every=10 if on_cpu else 100, eval_every=args.eval_every or max(1, iterations // (5 if args.quick else 20)),
         eval_sequences=eval_sequences, valid_sequences=min(clips.valid_count, max(1, eval_sequences // 4), 500),
         save_every=args.save_every or (100 if on_cpu else 1000),
@@ -269,7 +270,10 @@ def train_step(model, optimizer, frames, mask, config):
     the loss of the whole batch whatever the shares are.
     """
     weight = len(frames) / config["batch"]
-    with autocast(frames.device, config["precision"]):
+    # A CPU does not wait for launches: autograd's own way with weights is a little faster there.
+    handed_on = frames.device.type != "cpu" or config.get("compile")
+    with autocast(frames.device, config["precision"]), \
+            weights_handed_on(model, config) if handed_on else contextlib.nullcontext():
         predictions, extra = model(torch.where(frames.isnan(), 0.0, frames), use_truth=mask, extras="loss")
     loss = (frame_loss(predictions, frames[:, 1:], config["loss"]) + extra.get("loss", 0.0)) * weight
     optimizer.zero_grad()
@@ -278,17 +282,97 @@ def train_step(model, optimizer, frames, mask, config):
     return loss.detach()
 
 
+class HandOn(torch.autograd.Function):
+    """Weights for one time step, and the same weights for the steps after it.
+
+    A weight that T steps read has T gradients, which autograd adds up one by one: a kernel for each weight and step, in
+    the type in which it is read. Here those of all weights of a step arrive together, and one kernel adds them, in
+    fp32, to the sum over the later steps.
+
+    Called with n, n weights as the step reads them, and the n weights or what the step before handed on; returns both.
+    """
+
+    @staticmethod
+    def forward(ctx, n, *weights):
+        ctx.n = n
+        ctx.set_materialize_grads(False)
+        return tuple(w.view_as(w) for w in weights)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        here, later = gradients[:ctx.n], gradients[ctx.n:]      # None for a weight that is not read, here or later
+        here = cast(here, [i for i, g in enumerate(here) if g is not None and g.dtype == torch.bfloat16], torch.float32)
+        both = [i for i in range(ctx.n) if here[i] is not None and later[i] is not None]
+        sums = torch._foreach_add([here[i] for i in both], [later[i] for i in both]) if both else []
+        sums = dict(zip(both, sums))
+        return None, *[None] * ctx.n, *(sums.get(i, later[i] if g is None else g) for i, g in enumerate(here))
+
+
+def cast(tensors, which, dtype):
+    """A list of tensors, those at the places `which` as copies of another type, all made by one kernel."""
+    copies = [torch.empty_like(tensors[i], dtype=dtype) for i in which]
+    if copies:
+        torch._foreach_copy_(copies, [tensors[i] for i in which])
+    copies = dict(zip(which, copies))
+    return [copies.get(i, t) for i, t in enumerate(tensors)]
+
+
+class TimeStep(torch.nn.Module):
+    """The step of a model as a module of its own, which torch.func can call with other weights."""
+
+    def __init__(self, model, step):
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, *arguments):
+        return self.step(self.model, *arguments)
+
+
+@functools.cache
+def compiled(step):
+    # As few kernels as the compiler can make: it would lay out every convolution's weight anew at each call, and leave
+    # sums over different maps to kernels of their own.
+    return torch.compile(step, dynamic=False, options=dict(layout_optimization=False, combo_kernels=True))
+
+
+@contextlib.contextmanager
+def weights_handed_on(model, config):
+    """Within it each time step of a model's forward pass, compiled if config["compile"], reads its weights from HandOn,
+    in bf16 those of convolutions, cast once for all steps."""
+    model = getattr(model, "module", model)         # DistributedDataParallel's
+    names, weights = zip(*((f"model.{name}", w) for name, w in model.named_parameters()))
+    read, handed = [w.detach() for w in weights], weights
+    if config["precision"] == "bf16":
+        convs = {id(w) for m in model.modules() if isinstance(m, torch.nn.Conv2d) for w in m.parameters()}
+        read = cast(read, [i for i, w in enumerate(weights) if id(w) in convs], torch.bfloat16)
+    step = type(model).step
+    step = TimeStep(model, compiled(step) if config.get("compile") else step)
+
+    def handing_on(*arguments):
+        nonlocal handed
+        both = HandOn.apply(len(names), *read, *handed)
+        handed = both[len(names):]
+        return torch.func.functional_call(step, dict(zip(names, both)), arguments)
+
+    model.step = handing_on
+    try:
+        yield
+    finally:
+        del model.step
+        handed = weights            # --recompute calls it again, for values alone
+
+
 class Graph:
     """All that a function launches on CUDA, as one launch. What it returns is one tensor."""
 
     def __init__(self, work):
         self.work, self.graph, self.stream = work, torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
-    def run(self):
+    def run(self, **options):
         """Call the function, on the stream on which it will be recorded."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            result = self.work()
+            result = self.work(**options)
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
@@ -317,6 +401,8 @@ class Step:
 
     def __init__(self, model, config, device, graph=None):
         self.config, self.graph, self.eager_calls = config, None, math.inf
+        if config.get("compile"):
+            say("compiling: the first iteration takes minutes")
         self.optimizer = make_optimizer(model, config)
         self.model = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.count > 1 else model
         if device.type == "cuda" and (config.get("graph", True) if graph is None else graph):
@@ -343,14 +429,24 @@ class Step:
         self.eager_calls -= 1
         return self.eager()
 
-    def eager(self):
-        loss = train_step(self.model, self.optimizer, self.frames, self.mask, self.config)
-        if self.config["reverse"]:
-            loss = (loss + train_step(self.model, self.optimizer, self.frames.flip(1), self.mask, self.config)) / 2
-        return loss
+    def eager(self, **other):
+        """The step, kernel by kernel, with `other` settings where given."""
+        config = self.config | other
+        try:
+            loss = train_step(self.model, self.optimizer, self.frames, self.mask, config)
+            if config["reverse"]:
+                loss = (loss + train_step(self.model, self.optimizer, self.frames.flip(1), self.mask, config)) / 2
+            return loss
+        except RuntimeError as error:           # no compiler, for one: nothing of the step is done yet
+            if not (config.get("compile") and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
+                raise
+            problem = " ".join(str(error).split("\n")[:2]).strip()
+        say(f"not compiled: {problem}")
+        self.config = self.config | dict(compile=False)
+        return self.eager()
 
     def record(self):
-        """Take the step eagerly and, from the same state, by a graph. The graph stays only if both end alike."""
+        """Take the step eagerly, not compiled, and, from the same state, by a graph, which stays if both end alike."""
         def distance(a, b):
             return torch.stack(torch._foreach_norm(torch._foreach_sub(a, b))).norm()
 
@@ -358,7 +454,7 @@ class Step:
         state = weights + [v for of_one in self.optimizer.state.values() for v in of_one.values()]
         before, graph = [v.clone() for v in state], Graph(self.eager)
         self.frames, self.mask = self.frames.clone(), self.mask.clone()        # where the graph will read
-        loss, after = graph.run(), [v.clone() for v in state]
+        loss, after = graph.run(compile=False), [v.clone() for v in state]
         try:
             torch._foreach_copy_(state, before)
             graph.record()
@@ -902,6 +998,7 @@ def command_resume(args):
         config[name] = getattr(args, name) or config[name]
     config["eval_sequences"] = min(config["eval_sequences"], clips.test_count)
     config["graph"] = config["graph"] and not args.no_graph
+    config["compile"] = bool(config.get("compile") or args.compile)
     at = run.checkpoint["iteration"]
     if args.iterations:
         if args.iterations < at:
@@ -1176,7 +1273,7 @@ COMMANDS = {"list": command_list, "eval": command_eval, "resume": command_resume
             "figures": command_figures}
 # What may be given beside a command; a training run takes every option.
 TAKES = {"list": "setup data", "eval": "data horizon layout channels unit thresholds device data-dir eval-sequences",
-         "resume": "device data-dir iterations eval-every eval-sequences save-every no-graph",
+         "resume": "device data-dir iterations eval-every eval-sequences save-every no-graph compile",
          "predict": "data horizon layout channels device data-dir", "figures": "device data-dir eval-sequences"}
 
 
@@ -1256,7 +1353,8 @@ def parser():
           ("device", "cuda, cuda:N or cpu (default: cuda)", text("NAME")),
           ("precision", "arithmetic (default: bf16 on CUDA, fp32 on the CPU)", dict(choices=("fp32", "tf32", "bf16"))),
           ("recompute", "keep little but the states for the backward pass: less memory, more time", flag),
-          ("no-graph", "CUDA: launch every kernel instead of replaying a recorded step", flag))
+          ("no-graph", "CUDA: launch every kernel instead of replaying a recorded step", flag),
+          ("compile", "fuse a step's kernels by torch.compile: minutes at first, then half the launches", flag))
     group("output",
           ("out", "where runs go (default: runs)", text("DIR")),
           ("name", "the run's name (default: model, variant, data and a running number)", text("NAME")),

@@ -169,8 +169,8 @@ class Again:
     def __init__(self, work):
         self.work, self.step = work, work.__self__
 
-    def run(self):
-        return self.work()
+    def run(self, **options):
+        return self.work(**options)
 
     def record(self):
         self.held = held(self.step)
@@ -421,14 +421,139 @@ def test_runs_with_a_graph_and_without_are_the_same_run(as_on_cuda, monkeypatch,
     assert "no CUDA graph" not in capsys.readouterr().out
 
 
+# ------------------------------------------------------------------------------- weights handed on, and compiled steps
+
+def gradients(model, config, handed_on):
+    """Of a roll-out over five steps: its predictions' sum of squares, and every parameter's gradient, None for none."""
+    torch.manual_seed(1)
+    frames = torch.rand(2, 6, 1, *model.size, dtype=next(model.parameters()).dtype)
+    mask = torch.rand(5, 2) < 0.5
+    model.zero_grad()
+    with train.autocast(CPU, config["precision"]), train.weights_handed_on(model, config) if handed_on else nullcontext():
+        predictions, found = model(frames, use_truth=mask, extras="loss")
+    assert "step" not in vars(model)
+    loss = predictions.to(frames.dtype).square().sum() + found.get("loss", 0)
+    loss.backward()
+    return loss.item(), [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name, variant, setup", EVERY)
+def test_weights_handed_on_have_the_same_gradients(name, variant, setup):
+    model = small(name, size=16, setup=setup, variant=variant).double()
+    expected = gradients(model, settings(), False)
+    for model.recompute in (False, True) if variant == "full" else (False,):
+        loss, found = gradients(model, settings(), True)
+        assert loss == expected[0]
+        for a, b in zip(found, expected[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_bf16_are_added_in_fp32():
+    """A weight that 400 steps read, a gradient of 1 + 2^-6 each: in bf16 the sum would stop growing where steps are 2."""
+    class Steps(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(1, 1, 1, bias=False)
+            self.scale = torch.nn.Parameter(torch.ones(()))           # of no convolution: stays as it is
+            self.unused = torch.nn.Parameter(torch.ones(()))
+
+        def step(self, x):
+            assert self.conv.weight.dtype == torch.bfloat16 and self.scale.dtype == torch.float32
+            return self.conv(x).float() * self.scale
+
+        def forward(self, x):
+            return sum(self.step(x) for _ in range(400))
+
+    model, x = Steps(), torch.full((1, 1, 1, 1), 1 + 2**-6)
+    with train.autocast(CPU, "bf16"), train.weights_handed_on(model, settings(precision="bf16")):
+        model(x).backward()
+    assert model.conv.weight.grad.item() == 400 * (1 + 2**-6) and model.conv.weight.grad.dtype == torch.float32
+    assert model.scale.grad.item() == pytest.approx(400 * (model.conv.weight.bfloat16() * x.bfloat16()).item())
+    assert model.unused.grad is None
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """torch.compile without its code generator, which needs a C++ compiler: what it traces runs op by op."""
+    torch._dynamo.reset()
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    monkeypatch.setattr(train, "compiled", functools.cache(lambda step: torch.compile(step, dynamic=False, backend=backend)))
+    yield traced
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name, setup", [
+    pytest.param(name, setup, marks=[] if (name, setup) == ("convlstm", "patch4") else pytest.mark.slow)
+    for name in train.MODELS for setup in ("patch4", "fullres")])
+def test_a_compiled_step_is_the_plain_step(name, setup, compiles):
+    """Traced whole, twice: the first time step is a program of its own, for nothing before it wants a gradient."""
+    model = small(name, size=16, setup=setup).double()
+    expected = gradients(model, settings(), False)
+    for model.recompute in (False, True):
+        loss, found = gradients(model, settings(compile=True), True)
+        assert loss == pytest.approx(expected[0], rel=1e-12)
+        for a, b in zip(found, expected[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert len(compiles) == 2
+    other = small(name, size=16, setup=setup).double()                # of the same shape: nothing to compile
+    gradients(other, settings(compile=True), True)
+    assert len(compiles) == 2
+
+
+def test_a_graph_of_a_compiled_step(compiles, as_on_cuda, capsys):
+    """The step that the graph is held against is not compiled."""
+    config, compiled = settings(compile=True), []
+    step, plain = train.Step(small(), config, CUDA), train.Step(small(), settings(graph=False), CUDA)
+    take = train.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", lambda *a: compiled.append(bool(a[-1].get("compile"))) or take(*a))
+        found = trained(step, 4)
+    assert compiled == [True] * 4 + [False] * 2 + [True] * 4 and step.graph     # forwards and backwards each
+    for a, b in zip(found, trained(plain, 4)):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_what_cannot_be_compiled_is_launched_kernel_by_kernel(monkeypatch, capsys):
+    def backend(graph, inputs):
+        raise RuntimeError("no working C++ compiler\n and more")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(train, "compiled", lambda step: torch.compile(step, backend=backend))
+    assert_same(trained(train.Step(small(), settings(compile=True), CPU), 3), trained(train.Step(small(), settings(), CPU), 3))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("compiling") and second.startswith("not compiled: ") and "no working C++ compiler" in second
+
+
+def test_a_run_is_compiled_from_its_start_or_from_a_resume_on(compiles, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments, folder = [*TINY, "--device", "cpu"], tmp_path / "runs"
+    run(*arguments, "--name", "plain")
+    run(*arguments, "--compile", "--name", "compiled")
+    assert len(compiles) == 2
+    a, b = outcome(folder / "plain"), outcome(folder / "compiled")
+    for x, y in zip(a[1] + a[2], b[1] + b[2], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    for name, option in ("plain", ["--compile"]), ("compiled", []):
+        capsys.readouterr()
+        run("--resume", folder / name, "--iterations", 14, *option)
+        assert "compiling" in capsys.readouterr().out and json.loads((folder / name / "config.json").read_text())["compile"]
+
+
 # ---------------------------------------------------------------------------------------------------------- with a GPU
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def on_cuda(name, graph, precision="fp32", recompute=False, calls=6, **options):
+def on_cuda(name, graph, precision="fp32", recompute=False, calls=6, compile=False, **options):
     """A run of a few steps on CUDA, and the Step that took them."""
-    config = settings(name, options.get("setup", "patch4"), precision=precision)
+    config = settings(name, options.get("setup", "patch4"), precision=precision, compile=compile)
     train.precision_of(precision, CUDA)
     model = small(name, **options).to(CUDA)
     model.recompute = recompute
@@ -455,6 +580,18 @@ def test_cuda_a_graph_is_the_eager_step(name, variant, setup, precision, capsys)
         eager, plain = on_cuda(name, False, precision, recompute, variant=variant, setup=setup)
         assert step.graph and not plain.graph and capsys.readouterr().out == ""
         assert_close(graph, eager, start)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", train.MODELS)
+def test_cuda_a_graph_of_a_compiled_step_is_the_eager_step(name, capsys):
+    start = [p.detach() for p in small(name).parameters()]
+    for precision in ("fp32", "bf16") if train.computes_in(CUDA, "bf16") else ("fp32",):
+        graph, step = on_cuda(name, True, precision, compile=True)
+        eager, _ = on_cuda(name, False, precision)
+        assert step.graph and step.config["compile"]
+        assert_close(graph, eager, start)
+    assert "not compiled" not in capsys.readouterr().out
 
 
 @needs_cuda
