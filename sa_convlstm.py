@@ -169,10 +169,9 @@ class SelfAttentionMemory(nn.Module):
     def forward(self, h, m, points=None):
         seen, maps = h, None
         if self.qkv_h is not None:
-            q, *kv = self.qkv_h(h).split((h.shape[1], 2 * h.shape[1]), 1)     # Q_h and [K_h; V_h]: (B, C or 2C, H, W)
-            if self.kv_m is not None:
-                # K_m = W_mk M_{t-1}, V_m = W_mv M_{t-1}; the query is H's
-                kv.append(self.kv_m(m))
+            q, kv_h = self.qkv_h(h).split((h.shape[1], 2 * h.shape[1]), 1)    # Q_h and [K_h; V_h]: (B, C or 2C, H, W)
+            # K_m = W_mk M_{t-1}, V_m = W_mv M_{t-1}; the query is H's
+            kv = (kv_h,) if self.kv_m is None else (kv_h, self.kv_m(m))
             # Eq. 2-4   Z_h        Eq. 5   e_m = Q_hᵀ K_m        Eq. 6   α_m;ij = exp e_m;ij / Σ_k exp e_m;ik
             # Eq. 7     Z_m;i = Σ_j α_m;ij V_m;j
             z, maps = attend(q, *kv, points=points)               # [Z_h; Z_m]  (B, 2C, H, W)

@@ -437,8 +437,8 @@ class Step:
             if config["reverse"]:
                 loss = (loss + train_step(self.model, self.optimizer, self.frames.flip(1), self.mask, config)) / 2
             return loss
-        except RuntimeError as error:           # no compiler, for one: nothing of the step is done yet
-            if not (config.get("compile") and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
+        except Exception as error:              # no compiler, for one; what else is wrong shows itself again below
+            if not config.get("compile") or out_of_memory(error):
                 raise
             problem = " ".join(str(error).split("\n")[:2]).strip()
         say(f"not compiled: {problem}")
