@@ -79,6 +79,8 @@ def settings(args):
 
     device = device_of(args.device, quick=args.quick)
     precision = precision_of(args.precision, device)
+    if args.compile and device.type == "cpu":
+        raise UserError("--compile spares CUDA launches; on the CPU it gains nothing: leave it out")
     source, options = pick("data", "moving_mnist"), options_of(args)
     start = None if args.init is None else open_run(args.init).config["clips"].get("scale")
     if start and source not in data.DATASETS and "normalize" not in options:
@@ -998,7 +1000,7 @@ def command_resume(args):
         config[name] = getattr(args, name) or config[name]
     config["eval_sequences"] = min(config["eval_sequences"], clips.test_count)
     config["graph"] = config["graph"] and not args.no_graph
-    config["compile"] = bool(config.get("compile") or args.compile)
+    config["compile"] = bool(config.get("compile") or args.compile) and device.type == "cuda"
     at = run.checkpoint["iteration"]
     if args.iterations:
         if args.iterations < at:
@@ -1354,7 +1356,7 @@ def parser():
           ("precision", "arithmetic (default: bf16 on CUDA, fp32 on the CPU)", dict(choices=("fp32", "tf32", "bf16"))),
           ("recompute", "keep little but the states for the backward pass: less memory, more time", flag),
           ("no-graph", "CUDA: launch every kernel instead of replaying a recorded step", flag),
-          ("compile", "fuse a step's kernels by torch.compile: minutes at first, then half the launches", flag))
+          ("compile", "CUDA: fuse a step's kernels by torch.compile: minutes at first, then half the launches", flag))
     group("output",
           ("out", "where runs go (default: runs)", text("DIR")),
           ("name", "the run's name (default: model, variant, data and a running number)", text("NAME")),

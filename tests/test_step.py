@@ -482,7 +482,8 @@ def compiles(monkeypatch):
         traced.append(graph)
         return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
 
-    monkeypatch.setattr(train, "compiled", functools.cache(lambda step: torch.compile(step, dynamic=False, backend=backend)))
+    monkeypatch.setattr(train, "compiled", functools.cache(
+        lambda step: torch.compile(step, dynamic=False, backend=backend)))
     yield traced
     torch._dynamo.reset()
 
@@ -531,19 +532,22 @@ def test_what_cannot_be_compiled_is_launched_kernel_by_kernel(monkeypatch, capsy
     assert first.startswith("compiling") and second.startswith("not compiled: ") and "no working C++ compiler" in second
 
 
-def test_a_run_is_compiled_from_its_start_or_from_a_resume_on(compiles, monkeypatch, tmp_path, capsys):
+def test_a_run_of_compiled_steps(compiles, monkeypatch, tmp_path, capsys):
+    """The run that it is without; the option is for CUDA, and a run that moves away from there goes on without it."""
     monkeypatch.chdir(tmp_path)
     arguments, folder = [*TINY, "--device", "cpu"], tmp_path / "runs"
     run(*arguments, "--name", "plain")
-    run(*arguments, "--compile", "--name", "compiled")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Step", lambda model, config, device: STEP(model, config | dict(compile=True), device))
+        run(*arguments, "--name", "compiled")
     assert len(compiles) == 2
     a, b = outcome(folder / "plain"), outcome(folder / "compiled")
     for x, y in zip(a[1] + a[2], b[1] + b[2], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
-    for name, option in ("plain", ["--compile"]), ("compiled", []):
-        capsys.readouterr()
-        run("--resume", folder / name, "--iterations", 14, *option)
-        assert "compiling" in capsys.readouterr().out and json.loads((folder / name / "config.json").read_text())["compile"]
+    run(*arguments, "--compile", status=2)
+    run("--resume", folder / "plain", "--iterations", 14, "--compile")
+    assert "--compile spares CUDA launches" in capsys.readouterr().err and len(compiles) == 2
+    assert not json.loads((folder / "plain/config.json").read_text())["compile"]
 
 
 # ---------------------------------------------------------------------------------------------------------- with a GPU
