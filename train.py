@@ -18,7 +18,8 @@ run goes on bit for bit. Nothing here knows a model's inside: a model file is pi
 
     file ──data.py──▶ clips ──the step──▶ model ──evaluation──▶ metrics.py: scores, table, pictures ──▶ runs/NAME
 
-Sections: settings; the step; the loop; evaluation; runs; commands; figures; command line; processes, signals, messages.
+Sections: settings; the step; the loop; the step on CUDA; evaluation; runs; commands; figures; command line; the machine;
+processes, signals, messages.
 """
 
 import os
@@ -38,6 +39,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -170,64 +172,7 @@ def cost(module, frames, channels=1, size=64, **network):
     return sum(p.numel() for p in model.parameters()), (frames - 1) * counter.get_total_flops() / 2
 
 
-def device_of(name, quick=False):
-    """The device to work on: what was asked for, or CUDA where there is one."""
-    name = name or ("cuda" if torch.cuda.is_available() or not quick else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: no such device; cuda, cuda:N or cpu") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device here: add --device cpu to train on the CPU all the same (days, not hours), "
-                        "or --quick for a three-minute demonstration")
-    if device.type not in ("cuda", "cpu"):
-        raise UserError(f"--device {name}: only cuda and cpu are supported")
-    if device.type == "cuda":
-        if device.index is not None and processes.count > 1:
-            raise UserError(f"--device {name}: each of {processes.count} processes takes one of its own; --device cuda")
-        device = torch.device("cuda", processes.local if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
-        torch.cuda.set_device(device)
-    return device
-
-
-def versions(device):
-    """What a result depends on besides the settings."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, text=True,
-                                capture_output=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__, commit=commit,
-                device=name)
-
-
 # ------------------------------------------------------------------------------------------------------------- the step
-
-def cpu_has_bf16():
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def computes_in(device, precision):
-    """Whether a device has that arithmetic: tf32 is CUDA's alone, and bf16 is neither every CPU's nor every GPU's."""
-    if precision == "bf16":
-        return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
-    return precision == "fp32" or device.type == "cuda"
-
-
-def precision_of(name, device):
-    """The arithmetic to train in; sets up what the whole process shares."""
-    name = name or ("bf16" if device.type == "cuda" and computes_in(device, "bf16") else "fp32")
-    if not computes_in(device, name):
-        raise UserError("--precision tf32 is CUDA's; on the CPU use fp32 or bf16" if name == "tf32" else
-                        f"--precision bf16: this {device.type.upper()} device has no bf16 arithmetic; use fp32")
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
-    torch.backends.cudnn.benchmark = True       # sizes never change, so trying every algorithm once pays
-    return name
 
 
 def autocast(device, precision):
@@ -283,6 +228,155 @@ def train_step(model, optimizer, frames, mask, config):
     optimizer.step()
     return loss.detach()
 
+
+def learning_rate(config, iteration):
+    """Constant, or a cosine from lr to final_lr over the schedule."""
+    if config["final_lr"] is None:
+        return config["lr"]
+    final = min(config["final_lr"], config["lr"])
+    return final + (config["lr"] - final) * (1 + math.cos(math.pi * min(1, iteration / config["schedule"]))) / 2
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+
+def train(model, config, clips, device, folder, stop, checkpoint=None):
+    """Train a run's model from where it stands to its end; leaves last.pt, best.pt and log.csv.
+
+    Returns the validations, [[iteration, MSE], …].
+    """
+    step = Step(model.to(device), config, device)
+    iteration, validation = 0, []
+    if checkpoint:
+        step.load(checkpoint["optimizer"])
+        iteration, validation = checkpoint["iteration"], checkpoint["validation"]
+    log = Log(folder, config, device, checkpoint)
+    share = processes.share(config["batch"])
+    way_on = f"the last good checkpoint is {folder / 'last.pt'}; try a lower --lr or --precision fp32"
+
+    def save(name):
+        log.check(iteration, way_on)
+        optimizer = step.optimizer.state_dict()
+        if not all_finite([*model.state_dict().values(), *optimizer["state"].values()]):
+            raise RunError(f"the weights were not finite at iteration {iteration}; {way_on}")
+        window = log.state()
+        if processes.first:
+            save_checkpoint(folder / name, dict(config=config, iteration=iteration, validation=validation, **window,
+                                                model=model.state_dict(), optimizer=optimizer))
+
+    with contextlib.closing(log):
+        while True:
+            # Everything due at this iteration comes first, so a run resumed here, or one that was stopped in the middle
+            # of it, does the same things in the same order.
+            done = iteration == config["iterations"]
+            due = iteration and (iteration % config["eval_every"] == 0 or done)
+            if due and iteration not in (k for k, _ in validation):
+                score = validate(model, config, clips, device, stop)
+                if score is not None:
+                    if not math.isfinite(score):
+                        raise RunError(f"the validation's MSE was not finite at iteration {iteration}; {way_on}")
+                    best = score < min((mse for _, mse in validation), default=math.inf)
+                    validation.append([iteration, score])
+                    say(f"iteration {iteration}: validation MSE {score:.2f}" + (", the best yet" if best else ""))
+                    if best:
+                        save("best.pt")
+            asked = stop.agreed()
+            if iteration % config["save_every"] == 0 or done or asked:
+                save("last.pt")
+            if asked:
+                processes.maximum(0)    # who left before it is saved, would make torchrun end the one that saves
+                raise Interrupted(asked, f"stopped at iteration {iteration}, saved; go on with: "
+                                         f"python train.py --resume {folder}")
+            if done:
+                return validation
+
+            frames = clips.train(config["seed"], iteration, config["batch"], share, device)
+            mask, epsilon = sampling_mask(model, config, iteration, device)
+            lr = learning_rate(config, iteration)
+            log.losses[iteration % config["log_every"]] = step(frames, mask, lr)
+            iteration += 1
+            log.tick(iteration, lr, epsilon, way_on)
+
+
+class Log:
+    """log.csv, the progress bar, and the losses on their way to both: they stay on the device, which is waited for
+    every `log_every` iterations and before a save.
+
+    Without a terminal a plain line now and then takes the bar's place. Lines of log.csv past the checkpoint that a run
+    is resumed from are cut off.
+    """
+
+    HEADER = ["iteration", "loss", "lr", "epsilon", "seconds"]
+
+    def __init__(self, folder, config, device, checkpoint):
+        self.config, self.path, self.plain_at = config, folder / "log.csv", 0.0
+        self.losses = torch.zeros(config["log_every"], device=device)        # of the iterations since the last line
+        self.start, self.logged, self.begun, rows = 0, 0, time.monotonic(), []
+        if checkpoint:
+            self.start, self.logged = checkpoint["iteration"], checkpoint["logged"]
+            self.begun -= checkpoint["seconds"]
+            self.losses += checkpoint["losses"].to(device) if processes.first else 0
+            rows = [row for row in read_log(self.path) if int(row[0]) <= self.start]
+        self.seconds_before = time.monotonic() - self.begun
+        if processes.first:
+            data.write_whole(self.path, "".join(",".join(row) + "\n" for row in [self.HEADER, *rows]).encode())
+        self.bar = tqdm(total=config["iterations"], initial=self.start, unit="it", dynamic_ncols=True,
+                        disable=not (processes.first and on_terminal()))
+
+    def state(self):
+        return dict(logged=self.logged, seconds=time.monotonic() - self.begun, losses=processes.sum(self.losses).cpu())
+
+    def check(self, iteration, way_on):
+        """The losses since the last line, as numbers; one that is not finite ends the run."""
+        every = self.config["log_every"]
+        found = processes.sum(self.losses)[self.logged % every:(iteration - 1) % every + 1].tolist() \
+            if iteration > self.logged else []
+        for at, loss in enumerate(found, self.logged + 1):
+            if not math.isfinite(loss):
+                raise RunError(f"the loss was not finite at iteration {at}; {way_on}")
+        return found
+
+    def tick(self, iteration, lr, epsilon, way_on):
+        """An iteration is done; every `log_every` of them, and the last, give a line."""
+        self.bar.update()
+        if iteration % self.config["log_every"] and iteration != self.config["iterations"]:
+            return
+        found = self.check(iteration, way_on)
+        loss, self.logged, seconds = sum(found) / len(found), iteration, time.monotonic() - self.begun
+        if processes.first:
+            with open(self.path, "a") as file:
+                file.write(f"{iteration},{loss!r},{lr!r},{epsilon!r},{seconds:.2f}\n")
+        rate = (iteration - self.start) / (seconds - self.seconds_before)
+        text = f"loss {loss:.4g}, ε {epsilon:.2f}, lr {lr:.2g}, {rate * self.config['batch']:.1f} sequences/s"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and time.monotonic() - self.plain_at > 15:
+            left = (self.config["iterations"] - iteration) / rate
+            say(f"iteration {iteration}/{self.config['iterations']}: {text}, {left / 60:.0f} min left")
+            self.plain_at = time.monotonic()
+
+    def close(self):
+        self.bar.close()
+
+
+def read_log(path):
+    """The rows of a log.csv, [] where there is none: a process killed while it wrote may have left half a line."""
+    if not path.exists():
+        return []
+    with data.reading(path, "move it away to go on without it") as file:
+        text = file.read().decode()
+        rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))[1:]
+        for iteration, loss, lr, epsilon, seconds in rows:
+            int(iteration), [float(number) for number in (loss, lr, epsilon, seconds)]
+    return rows
+
+
+def all_finite(states):
+    """Whether all tensors of a list of tensors and dicts of tensors are finite, at one look."""
+    tensors = [t for state in states for t in (state.values() if isinstance(state, dict) else [state])]
+    largest = torch._foreach_norm([t for t in tensors if t.is_floating_point() and t.numel() > 1], math.inf)
+    return bool(torch.stack(largest).isfinite().all())
+
+
+# ----------------------------------------------------------------------------------------------------- the step on CUDA
 
 class HandOn(torch.autograd.Function):
     """Weights for one time step, and the same weights for the steps after it.
@@ -396,18 +490,16 @@ class Step:
     loss, on the device: nothing waits. A step is thousands of small kernels, and launching them takes longer than
     running them, so on CUDA the third call is recorded as one graph, which those after it replay. The first two,
     ordinary steps of the run like it, leave ready what recording cannot make: cuDNN's choice of algorithms, the
-    optimiser's state.
-
-    graph: whether to (the run's setting). Not over several processes.
+    optimiser's state. Not over several processes, and not where config["graph"] is False.
     """
 
-    def __init__(self, model, config, device, graph=None):
+    def __init__(self, model, config, device):
         self.config, self.graph, self.eager_calls = config, None, math.inf
         if config.get("compile"):
             say("compiling: the first iteration takes minutes")
         self.optimizer = make_optimizer(model, config)
         self.model = DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.count > 1 else model
-        if device.type == "cuda" and (config.get("graph", True) if graph is None else graph):
+        if device.type == "cuda" and config.get("graph", True):
             if processes.count == 1:
                 self.eager_calls = 2
             else:
@@ -475,153 +567,6 @@ class Step:
         return loss
 
 
-# ----------------------------------------------------------------------------------------------------------- the loop
-
-def train(model, config, clips, device, folder, stop, checkpoint=None):
-    """Train a run's model from where it stands to its end; leaves last.pt, best.pt and log.csv.
-
-    Returns the validations, [[iteration, MSE], …].
-    """
-    step = Step(model.to(device), config, device)
-    iteration, validation = 0, []
-    if checkpoint:
-        step.load(checkpoint["optimizer"])
-        iteration, validation = checkpoint["iteration"], checkpoint["validation"]
-    log = Log(folder, config, device, checkpoint)
-    share = processes.share(config["batch"])
-    way_on = f"the last good checkpoint is {folder / 'last.pt'}; try a lower --lr or --precision fp32"
-
-    def save(name):
-        log.check(iteration, way_on)
-        optimizer = step.optimizer.state_dict()
-        if not all_finite([*model.state_dict().values(), *optimizer["state"].values()]):
-            raise RunError(f"the weights were not finite at iteration {iteration}; {way_on}")
-        window = log.state()
-        if processes.first:
-            save_checkpoint(folder / name, dict(config=config, iteration=iteration, validation=validation, **window,
-                                                model=model.state_dict(), optimizer=optimizer))
-
-    with contextlib.closing(log):
-        while True:
-            # Everything due at this iteration comes first, so a run resumed here, or one that was stopped in the middle
-            # of it, does the same things in the same order.
-            done = iteration == config["iterations"]
-            due = iteration and (iteration % config["eval_every"] == 0 or done)
-            if due and iteration not in (k for k, _ in validation):
-                score = validate(model, config, clips, device, stop)
-                if score is not None:
-                    if not math.isfinite(score):
-                        raise RunError(f"the validation's MSE was not finite at iteration {iteration}; {way_on}")
-                    best = score < min((mse for _, mse in validation), default=math.inf)
-                    validation.append([iteration, score])
-                    say(f"iteration {iteration}: validation MSE {score:.2f}" + (", the best yet" if best else ""))
-                    if best:
-                        save("best.pt")
-            asked = stop.agreed()
-            if iteration % config["save_every"] == 0 or done or asked:
-                save("last.pt")
-            if asked:
-                processes.maximum(0)    # who left before it is saved, would make torchrun end the one that saves
-                raise Interrupted(asked, f"stopped at iteration {iteration}, saved; go on with: "
-                                         f"python train.py --resume {folder}")
-            if done:
-                return validation
-
-            frames = clips.train(config["seed"], iteration, config["batch"], share, device)
-            mask, epsilon = sampling_mask(model, config, iteration, device)
-            lr = learning_rate(config, iteration)
-            log.losses[iteration % config["log_every"]] = step(frames, mask, lr)
-            iteration += 1
-            log.tick(iteration, lr, epsilon, way_on)
-
-
-def learning_rate(config, iteration):
-    """Constant, or a cosine from lr to final_lr over the schedule."""
-    if config["final_lr"] is None:
-        return config["lr"]
-    final = min(config["final_lr"], config["lr"])
-    return final + (config["lr"] - final) * (1 + math.cos(math.pi * min(1, iteration / config["schedule"]))) / 2
-
-
-class Log:
-    """log.csv, the progress bar, and the losses on their way to both: they stay on the device, which is waited for
-    every `log_every` iterations and before a save.
-
-    Without a terminal a plain line now and then takes the bar's place. Lines of log.csv past the checkpoint that a run
-    is resumed from are cut off.
-    """
-
-    HEADER = ["iteration", "loss", "lr", "epsilon", "seconds"]
-
-    def __init__(self, folder, config, device, checkpoint):
-        self.config, self.path, self.plain_at = config, folder / "log.csv", 0.0
-        self.losses = torch.zeros(config["log_every"], device=device)        # of the iterations since the last line
-        self.start, self.logged, self.begun, rows = 0, 0, time.monotonic(), []
-        if checkpoint:
-            self.start, self.logged = checkpoint["iteration"], checkpoint["logged"]
-            self.begun -= checkpoint["seconds"]
-            self.losses += checkpoint["losses"].to(device) if processes.first else 0
-            rows = [row for row in read_log(self.path) if int(row[0]) <= self.start]
-        self.seconds_before = time.monotonic() - self.begun
-        if processes.first:
-            data.write_whole(self.path, "".join(",".join(row) + "\n" for row in [self.HEADER, *rows]).encode())
-        self.bar = tqdm(total=config["iterations"], initial=self.start, unit="it", dynamic_ncols=True,
-                        disable=not (processes.first and on_terminal()))
-
-    def state(self):
-        return dict(logged=self.logged, seconds=time.monotonic() - self.begun, losses=processes.sum(self.losses).cpu())
-
-    def check(self, iteration, way_on):
-        """The losses since the last line, as numbers; one that is not finite ends the run."""
-        every = self.config["log_every"]
-        found = processes.sum(self.losses)[self.logged % every:(iteration - 1) % every + 1].tolist() \
-            if iteration > self.logged else []
-        for at, loss in enumerate(found, self.logged + 1):
-            if not math.isfinite(loss):
-                raise RunError(f"the loss was not finite at iteration {at}; {way_on}")
-        return found
-
-    def tick(self, iteration, lr, epsilon, way_on):
-        """An iteration is done; every `log_every` of them, and the last, give a line."""
-        self.bar.update()
-        if iteration % self.config["log_every"] and iteration != self.config["iterations"]:
-            return
-        found = self.check(iteration, way_on)
-        loss, self.logged, seconds = sum(found) / len(found), iteration, time.monotonic() - self.begun
-        if processes.first:
-            with open(self.path, "a") as file:
-                file.write(f"{iteration},{loss!r},{lr!r},{epsilon!r},{seconds:.2f}\n")
-        rate = (iteration - self.start) / (seconds - self.seconds_before)
-        text = f"loss {loss:.4g}, ε {epsilon:.2f}, lr {lr:.2g}, {rate * self.config['batch']:.1f} sequences/s"
-        self.bar.set_postfix_str(text)
-        if self.bar.disable and time.monotonic() - self.plain_at > 15:
-            left = (self.config["iterations"] - iteration) / rate
-            say(f"iteration {iteration}/{self.config['iterations']}: {text}, {left / 60:.0f} min left")
-            self.plain_at = time.monotonic()
-
-    def close(self):
-        self.bar.close()
-
-
-def read_log(path):
-    """The rows of a log.csv, [] where there is none: a process killed while it wrote may have left half a line."""
-    if not path.exists():
-        return []
-    with data.reading(path, "move it away to go on without it") as file:
-        text = file.read().decode()
-        rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))[1:]
-        for iteration, loss, lr, epsilon, seconds in rows:
-            int(iteration), [float(number) for number in (loss, lr, epsilon, seconds)]
-    return rows
-
-
-def all_finite(states):
-    """Whether all tensors of a list of tensors and dicts of tensors are finite, at one look."""
-    tensors = [t for state in states for t in (state.values() if isinstance(state, dict) else [state])]
-    largest = torch._foreach_norm([t for t in tensors if t.is_floating_point() and t.numel() > 1], math.inf)
-    return bool(torch.stack(largest).isfinite().all())
-
-
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 class Forecaster:
@@ -668,17 +613,13 @@ def batches(part, total, horizon, forecast, device, stop):
             yield rows, frames, forecast(frames[:, :-horizon], horizon)
 
 
-def known(clips, frames):
-    """Clips as a network reads them, 0 where there are no data; and where there are data, None for everywhere."""
-    return (frames.nan_to_num(0.0), ~frames.isnan()) if clips.masked else (frames, None)
-
-
 def scores_of(clips, frames, predictions, horizon):
     """Score the forecast, all predictions and the two simplest forecasts of frames (b, T, C, H, W), the forecast first.
 
     Yields (name, predictions, the slice of the frames that they predict, metrics.frame_scores).
     """
-    frames, there = known(clips, frames)
+    there = ~frames.isnan() if clips.masked else None           # where there are data
+    frames = frames.nan_to_num(0.0) if clips.masked else frames
     last, future = slice(-horizon, None), frames[:, -horizon:]
     shown = {"forecast": (predictions[:, last], last), "all_predictions": (predictions, slice(1, None)),
              "repeat_last": (frames[:, -horizon - 1, None].expand_as(future), last),
@@ -708,7 +649,7 @@ def validate(model, config, clips, device, stop):
 def evaluate(model, config, clips, device, stop, piece=EVAL_BATCH):
     """All scores of the test set, {"forecast": {"mse": {"mean": …, "frames": […]}, …}, "all_predictions": …, …}, and
     how many sequences went through the model at a time. The device is waited for once, at the end."""
-    scores, sums, units, horizon = {}, {}, bool(clips.unit or clips.own), clips.test_horizon
+    scores, sums, units, horizon = {}, Counter(), bool(clips.unit or clips.own), clips.test_horizon
     forecast = Forecaster(model, config, piece)
     for rows, frames, predictions in batches(clips.test, config["eval_sequences"], horizon, forecast, device, stop):
         stored = clips.test_units(*rows, device) if units else None
@@ -721,16 +662,16 @@ def evaluate(model, config, clips, device, stop, piece=EVAL_BATCH):
                     last = stored[:, -horizon - 1, None].expand_as(truth)
                     made = torch.where(last.isnan(), made.to(last.dtype), last)
                 there = ~truth.isnan()
-                add(sums, ("errors", name), metrics.unit_errors(made, truth, there))
+                sums["errors", name] += metrics.unit_errors(made, truth, there)
                 if clips.thresholds:
-                    add(sums, ("events", name), metrics.event_counts(made, truth, clips.thresholds, there))
+                    sums["events", name] += metrics.event_counts(made, truth, clips.thresholds, there)
     scores = {name: {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]}
               for name, parts in scores.items()}
     sums = {name: values.cpu() for name, values in sums.items()}
     scores, sums, pieces = (processes.from_all(found) for found in (scores, sums, forecast.piece))
-    summaries, total = {}, {}
-    for name, values in (item for part in sums for item in part.items()):
-        add(total, name, values)
+    summaries, total = {}, Counter()
+    for part in sums:
+        total.update(part)
     for name in scores[0]:
         parts = [part[name] for part in scores if name in part]
         summaries[name] = metrics.summarize({k: torch.cat([part[k] for part in parts]) for k in parts[0]})
@@ -739,10 +680,6 @@ def evaluate(model, config, clips, device, stop, piece=EVAL_BATCH):
         if ("events", name) in total:
             summaries[name] |= metrics.csi_hss(total["events", name], clips.thresholds)
     return summaries, min(pieces)
-
-
-def add(sums, name, values):
-    sums[name] = sums.get(name, 0) + values
 
 
 def finish(model, config, clips, folder, iteration, validation, stop, weights="last", suffix=""):
@@ -1387,6 +1324,66 @@ def parse(argv):
             takes = ", ".join(f"--{option}" for option in sorted(TAKES[command].split()))
             raise UserError(f"--{name} does not go with --{command}, which takes {takes}")
     return command, args
+
+
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+def device_of(name, quick=False):
+    """The device to work on: what was asked for, or CUDA where there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() or not quick else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; cuda, cuda:N or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device here: add --device cpu to train on the CPU all the same (days, not hours), "
+                        "or --quick for a three-minute demonstration")
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(f"--device {name}: only cuda and cpu are supported")
+    if device.type == "cuda":
+        if device.index is not None and processes.count > 1:
+            raise UserError(f"--device {name}: each of {processes.count} processes takes one of its own; --device cuda")
+        device = torch.device("cuda", processes.local if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+        torch.cuda.set_device(device)
+    return device
+
+
+def versions(device):
+    """What a result depends on besides the settings."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, text=True,
+                                capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return dict(python=sys.version.split()[0], torch=str(torch.__version__), numpy=np.__version__, commit=commit,
+                device=name)
+
+
+def cpu_has_bf16():
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def computes_in(device, precision):
+    """Whether a device has that arithmetic: tf32 is CUDA's alone, and bf16 is neither every CPU's nor every GPU's."""
+    if precision == "bf16":
+        return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
+    return precision == "fp32" or device.type == "cuda"
+
+
+def precision_of(name, device):
+    """The arithmetic to train in; sets up what the whole process shares."""
+    name = name or ("bf16" if device.type == "cuda" and computes_in(device, "bf16") else "fp32")
+    if not computes_in(device, name):
+        raise UserError("--precision tf32 is CUDA's; on the CPU use fp32 or bf16" if name == "tf32" else
+                        f"--precision bf16: this {device.type.upper()} device has no bf16 arithmetic; use fp32")
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    torch.backends.cudnn.benchmark = True       # sizes never change, so trying every algorithm once pays
+    return name
 
 
 # ---------------------------------------------------------------------------------------- processes, signals, messages

@@ -239,9 +239,9 @@ def test_a_step_leaves_its_batch_alone(as_on_cuda):
 
 
 def test_who_gets_a_graph(as_on_cuda, monkeypatch, capsys):
-    for device, config, graph, expected in ((CUDA, {}, None, True), (CPU, {}, None, False), (CUDA, dict(graph=False), None, False),
-                                            (CUDA, {}, False, False), (CUDA, dict(graph=False), True, True), (CPU, {}, True, False)):
-        step = train.Step(small(), settings(**config), device, graph)
+    for device, config, expected in ((CUDA, {}, True), (CPU, {}, False), (CUDA, dict(graph=False), False),
+                                     (CUDA, dict(graph=True), True), (CPU, dict(graph=True), False)):
+        step = train.Step(small(), settings(**config), device)
         trained(step, 3)
         assert bool(step.graph) == expected and capsys.readouterr().out == ""
     monkeypatch.setattr(train.processes, "count", 2)
@@ -305,20 +305,20 @@ def test_without_a_graph_that_can_be_trusted_training_goes_on(graph, says, as_on
     """As if there had been none, and one line says so."""
     monkeypatch.setattr(train, "Graph", graph)
     step = train.Step(small(), settings(), CUDA)
-    assert_same(trained(step, 6), trained(train.Step(small(), settings(), CUDA, graph=False), 6))
+    assert_same(trained(step, 6), trained(train.Step(small(), settings(graph=False), CUDA), 6))
     out = capsys.readouterr().out
     assert not step.graph and out.count("\n") == 1 and out.startswith("no CUDA graph: ") and says in out
 
 
 @pytest.mark.parametrize("save_at", [1, 3, 6])
 def test_a_state_moves_between_graph_and_no_graph(save_at, as_on_cuda):
-    whole = trained(train.Step(small(), settings(), CUDA, graph=False), 9)
+    whole = trained(train.Step(small(), settings(graph=False), CUDA), 9)
     for first, then in ((True, False), (False, True), (True, True)):
-        step = train.Step(small(), settings(), CUDA, graph=first)
+        step = train.Step(small(), settings(graph=first), CUDA)
         losses, *_ = trained(step, save_at)
         model = small()
         model.load_state_dict(step.model.state_dict())
-        later = train.Step(model, settings(), CUDA, graph=then)
+        later = train.Step(model, settings(graph=then), CUDA)
         later.load(step.optimizer.state_dict())
         more, *state = trained(later, 9 - save_at, start=save_at)
         assert_same((losses + more, *state), whole)
@@ -557,11 +557,11 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 def on_cuda(name, graph, precision="fp32", recompute=False, calls=6, compile=False, **options):
     """A run of a few steps on CUDA, and the Step that took them."""
-    config = settings(name, options.get("setup", "patch4"), precision=precision, compile=compile)
+    config = settings(name, options.get("setup", "patch4"), precision=precision, compile=compile, graph=graph)
     train.precision_of(precision, CUDA)
     model = small(name, **options).to(CUDA)
     model.recompute = recompute
-    step = train.Step(model, config, CUDA, graph)
+    step = train.Step(model, config, CUDA)
     return trained(step, calls, device=CUDA), step
 
 
@@ -610,7 +610,7 @@ def test_cuda_nothing_waits(capsys):
     clips = train.data.open_data("moving_digits", frames_in=2, horizon=2)
     model = small(size=64, patch=4).to(CUDA)
     for graph in (False, True):
-        step = train.Step(model, settings(), CUDA, graph)
+        step = train.Step(model, settings(graph=graph), CUDA)
         for iteration in range(6):
             torch.cuda.set_sync_debug_mode("default" if iteration in (0, 2) else "error")
             try:
@@ -632,18 +632,17 @@ def test_cuda_runs_go_on_with_a_graph_without_one_and_on_the_cpu(precision, monk
     run(*arguments, "--name", "whole")
     whole, start = outcome(folder / "whole"), list(train.build(json.loads((folder / "whole/config.json").read_text())).parameters())
     assert all(np.isfinite(whole[0][2][score]["mean"]) for score in ("mse", "mae", "psnr", "ssim"))
-    plain = STEP
-    for first, then, moves in ((None, False, ()), (False, None, ()), (None, None, ()), (None, None, ("--device", "cpu"))):
+    plain, with_graph = STEP, lambda kind, graph: lambda model, config, device: kind(model, config | dict(graph=graph), device)
+    for first, then, moves in ((True, False, ()), (False, True, ()), (True, True, ()), (True, True, ("--device", "cpu"))):
         name = f"{first}-{then}-{len(moves)}"
-        stopping = interrupted_at(7)
-        monkeypatch.setattr(train, "Step", lambda *a: stopping(*a, graph=first))
+        monkeypatch.setattr(train, "Step", with_graph(interrupted_at(7), first))
         run(*arguments, "--name", name, status=143)
-        monkeypatch.setattr(train, "Step", lambda *a: plain(*a, graph=then))
+        monkeypatch.setattr(train, "Step", with_graph(plain, then))
         run("--resume", folder / name, *moves)
         resumed = outcome(folder / name)
         assert resumed[0][0] == 12 and all(state == 24 for state in resumed[2] if state.ndim == 0)
         assert_close([[float(row[1]) for row in resumed[0][1]], resumed[1]], [[float(row[1]) for row in whole[0][1]], whole[1]], start)
-    run("--resume", folder / "None-None-1", "--iterations", 14, "--device", "cuda")      # and from the CPU to CUDA
+    run("--resume", folder / "True-True-2", "--iterations", 14, "--device", "cuda")      # and from the CPU to CUDA
     assert not re.search("no CUDA graph", capsys.readouterr().out)
 
 
