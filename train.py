@@ -174,7 +174,6 @@ def cost(module, frames, channels=1, size=64, **network):
 
 # ------------------------------------------------------------------------------------------------------------- the step
 
-
 def autocast(device, precision):
     """Convolutions and matrix products in bf16 where asked for; memories, norms, losses and scores are fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
