@@ -747,11 +747,20 @@ def in_units(clips, start, frames, forecast):
 # --------------------------------------------------------------------------------------------------------------- runs
 
 def new_folder(args, config, clips):
-    """Make the folder of a new run; its name is given, or model, variant, data and a running number."""
-    folder, refusal, out = None, None, Path(args.out or "runs")
+    """Make the folder of a new run: --out/--name, or --out/model-variant-data-N with the first N that is free."""
+    folder, refusal, out, name = None, None, Path(args.out or "runs"), args.name
     if processes.first:
         try:
-            folder = make_folder(out, args.name, f"{config['model']}-{config['variant']}-{clips.name}")
+            if name and (Path(name).name != name or name.startswith(".")):
+                raise UserError(f"--name {name}: a plain name, please; the folder is given with --out")
+            out.mkdir(parents=True, exist_ok=True)
+            names = [name] if name else (f"{config['model']}-{config['variant']}-{clips.name}-{n}" for n in count(1))
+            for folder in (out / name for name in names):
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                    break
+            else:
+                raise UserError(f"--name {name}: {folder} exists; another name, or --resume it")
             try:
                 write_json(folder / "config.json", config)
             except OSError:
@@ -765,21 +774,6 @@ def new_folder(args, config, clips):
     if refusal:
         raise refusal
     return folder
-
-
-def make_folder(out, name, otherwise):
-    """out/name, which must be new, or out/otherwise-N with the first N that is free."""
-    if name and (Path(name).name != name or name.startswith(".")):
-        raise UserError(f"--name {name}: a plain name, please; the folder is given with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    for number in count(1):
-        folder = out / (name or f"{otherwise}-{number}")
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            if name:
-                raise UserError(f"--name {name}: {folder} exists; another name, or --resume it") from None
 
 
 def write_json(path, content):
