@@ -435,6 +435,9 @@ def weights_handed_on(model, config):
     """Within it each time step of a model's forward pass, compiled if config["compile"], reads its weights from HandOn,
     in bf16 those of convolutions, cast once for all steps."""
     model = getattr(model, "module", model)         # DistributedDataParallel's
+    if not hasattr(model, "step"):                  # a network that keeps the contract and no more
+        yield
+        return
     names, weights = zip(*((f"model.{name}", w) for name, w in model.named_parameters()))
     read, handed = [w.detach() for w in weights], weights
     if config["precision"] == "bf16":

@@ -5,7 +5,8 @@
 
 A training step of each model in these forms, from the same weights, half of the frames its own:
 
-    ours              the model file; also in bf16, with --recompute and, on CUDA, as training runs it: as one graph
+    ours              the model file; also in bf16, with --recompute and, on CUDA, as training runs it: as one graph,
+                      and as one of compiled steps
     straightforward   the same as the papers' own released code writes it: frames cut into patches by reshapes, sampling
                       masks built one sequence and step at a time and as large as the frames, one convolution per input
                       (Q, K, V: one each), split, gate by gate; softmax(QᵀK) stored, then multiplied with V; SE's blocks
@@ -354,16 +355,17 @@ def bench(name, setup, batch, frames, device, precision, repeats, clock=timer):
             step("ours")
         steps["bound"] = bound
         if device.type == "cuda":
-            graph = train.Step(ours, config | dict(precision=precision, reverse=False), device)
-            steps["ours, graph"] = partial(graph, frames, mask, config["lr"])
-            for _ in range(4):                                    # the third is recorded, the fourth replays
-                steps["ours, graph"]()
+            for form, compile in ("ours, graph", False), ("ours, compiled", True):
+                graph = train.Step(ours, config | dict(precision=precision, reverse=False, compile=compile), device)
+                steps[form] = partial(graph, frames, mask, config["lr"])
+                for _ in range(4):                                # the third is recorded, the fourth replays
+                    steps[form]()
     weights = sum(p.nbytes for p in ours.parameters())
     sizes["4·M_par + 2·M_out"] = 4 * weights + 2 * layer_output_bytes(ours, frames)
     return in_turn(steps, repeats, clock), sizes
 
 
-FORMS = ("ours", "ours, graph", "ours, bf16", "ours, recompute", "straightforward", "bound", "4·M_par + 2·M_out")
+FORMS = ("ours", "ours, graph", "ours, compiled", "ours, bf16", "ours, recompute", "straightforward", "bound", "4·M_par + 2·M_out")
 ROW = "{:20} {:>24} {:>7} {:>9} {:>8} {:>8} {:>10} {:>7}"
 
 

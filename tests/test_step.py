@@ -448,6 +448,13 @@ def test_weights_handed_on_have_the_same_gradients(name, variant, setup):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_a_model_without_steps_trains_as_it_is():
+    model = torch.nn.Conv2d(1, 1, 1)
+    for compile in (False, True):
+        with train.weights_handed_on(model, settings(compile=compile)):
+            assert model(torch.ones(1, 1, 1, 1)).grad_fn is not None and "step" not in vars(model)
+
+
 def test_gradients_of_bf16_are_added_in_fp32():
     """A weight that 400 steps read, a gradient of 1 + 2^-6 each: in bf16 the sum would stop growing where steps are 2."""
     class Steps(torch.nn.Module):
