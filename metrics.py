@@ -1,17 +1,15 @@
 """What a forecast is worth: scores of predicted frames, the table at the end of a run, curves as SVG, pictures as PNG.
 
-Frames are tensors (B, T, C, H, W) with values in [0, 1], scored where they lie (CPU or CUDA) in float64.
-
     summary = summarize(frame_scores(pred, truth, mask))            # {"mse": {"mean": 61.2, "frames": [40.1, …], …}, …}
     summary |= csi_hss(event_counts(pred_mm, truth_mm, (0.5, 2, 5), mask), (0.5, 2, 5))             # {"csi_0.5": …, …}
     summary |= unit_summary(unit_errors(pred_mm, truth_mm, mask))                                   # {"rmse": …, …}
     print(table({"forecast": summary}, unit="mm/h"))
-    svg = score_curves({"ConvLSTM": summary}, unit="mm/h")          # training_curves likewise
+    svg = score_curves({"ConvLSTM": summary}, unit="mm/h")
     picture = png(film_sheet([Film("", 10, frames, {"": forecast})]))   # layer_sheet, map_sheets: what models hold
 
-Of several batches, scores are joined; event counts and errors in units are added up. What has no data (mask False) has
-no score, and means are over what has. Nothing here waits for the device before a summary is made: what only values
-tell, such as NaN or a truth beyond [0, 1], travels with the scores.
+Frames (B, T, C, H, W) are scored where they lie (CPU or CUDA), in float64, and the device is waited for only when a
+summary is made. Scores of several batches are joined; event counts and errors in units are added up. What has no data
+(mask False) has no score, and means are over what has.
 """
 
 import math
@@ -19,35 +17,28 @@ import struct
 import textwrap
 import unicodedata
 import zlib
+from collections import namedtuple
 from html import escape
-from itertools import cycle, groupby
-from typing import NamedTuple
+from itertools import chain, cycle, groupby
 
 import numpy as np
 import torch
 
-NAMES = {  # metric -> its name in a table, its name and unit on an axis
-    "mse": ("MSE", "MSE (sum over a frame)"),
-    "mae": ("MAE", "MAE (sum over a frame)"),
-    "psnr": ("PSNR", "PSNR (dB)"),
-    "ssim": ("SSIM", "SSIM (1 = identical)"),
-    "psnr_float": ("PSNR*", "PSNR on floats (dB)"),
-    "ssim_gaussian": ("SSIM*", "SSIM, Gaussian window (1 = identical)"),
-    "rmse": ("RMSE{1}, {0}", "RMSE{1} ({0})"),  # in the data's unit; {1}: the channel, of several
-    "mae_units": ("MAE{1}, {0}", "MAE{1} ({0})"),
-    "csi": ("CSI {}", "CSI at {} {}"),
-    "hss": ("HSS {}", "HSS at {} {}"),
+# metric: its name in a table, its name and unit on an axis; {0}: which threshold, or channel of several; {1}: the unit
+NAMES = {
+    "mse": ("MSE", "MSE (sum over a frame)"), "mae": ("MAE", "MAE (sum over a frame)"),
+    "psnr": ("PSNR", "PSNR (dB)"), "ssim": ("SSIM", "SSIM (1 = identical)"),
+    "psnr_float": ("PSNR*", "PSNR on floats (dB)"), "ssim_gaussian": ("SSIM*", "SSIM, Gaussian window (1 = identical)"),
+    "rmse": ("RMSE{0}, {1}", "RMSE{0} ({1})"), "mae_units": ("MAE{0}, {1}", "MAE{0} ({1})"),
+    "csi": ("CSI{0}", "CSI at{0} {1}"), "hss": ("HSS{0}", "HSS at{0} {1}"),
 }
 
 
 def name_of(metric, unit=None):
-    """The name of a metric in a table, and its name with its unit on an axis. unit: the data's, None for none."""
-    kind, _, which = metric.rpartition("_")  # such as csi_0.5, and rmse_2 of the second channel
-    if metric in NAMES:
-        return tuple(name.format(unit or "own unit", "") for name in NAMES[metric])
-    if kind in ("csi", "hss"):
-        return tuple(name.format(which, unit or "").strip() for name in NAMES[kind])
-    return tuple(name.format(unit or "own unit", f" {which}") for name in NAMES[kind])
+    """The name of a metric, such as "mse", "csi_0.5" or "rmse_2", in a table, and with its unit on an axis."""
+    kind, which = (metric, "") if metric in NAMES else metric.rsplit("_", 1)
+    unit = unit or ("" if kind in ("csi", "hss") else "own unit")
+    return [name.format(which and f" {which}", unit).strip() for name in NAMES[kind]]
 
 
 # ---- Scores of frames ------------------------------------------------------------------------------------------------
@@ -68,24 +59,19 @@ def _check(pred, truth, mask, floating=False):
 
 @torch.no_grad()
 def frame_scores(pred, truth, mask=None):
-    """Score every predicted frame.
+    """Score every predicted frame: a dict of float64 (B, T) on the device of truth.
 
-    pred, truth: (B, T, C, H, W), any floating dtype, one device. truth: in [0, 1], to rounding. pred may overshoot, as
-    a network does: it is clipped to [0, 1].
-    mask: None or bool of the same shape, True where a pixel counts. What does not count is 0 in both, so it adds no
-    error; SSIM leaves out the positions whose window has no data.
+    pred, truth: (B, T, C, H, W), any floating dtype, one device. truth: in [0, 1], to rounding; pred is clipped to it.
+    mask: None or bool of the same shape, True where a pixel counts; what does not is 0 in both.
 
-    Returns a dict of float64 (B, T) on the device of truth:
       mse, mae       error² and |error|, summed over the pixels and channels of the frame
       psnr           dB, of values truncated to 8 bits; inf for an exact frame
-      ssim           of 8-bit values, 7×7 uniform window, sample covariance, mean over the positions where the window
-                     fits and over channels: scikit-image's default
+      ssim           of 8-bit values, 7×7 uniform window, sample covariance: scikit-image's default
       psnr_float     dB, 10·log10(1 / (mean error² + 1e-5)) on floats, as MS-LSTM's released code has it
-      ssim_gaussian  on floats, 11×11 Gaussian window (σ = 1.5), likewise
+      ssim_gaussian  on floats, 11×11 Gaussian window (σ = 1.5), population covariance: likewise
       pixels         how many count: 0 for a frame without data; NaN for one whose truth is not in [0, 1]
-    A frame without data, with a truth beyond [0, 1] or with a NaN that counts has scores of NaN; `pixels` tells
-    `summarize` which it is. An SSIM whose window is larger than the frame is NaN. A frame's scores do not depend on the
-    batch it comes in, to the last bit: all sums are elementwise additions in a fixed order.
+    A frame without data, with a truth beyond [0, 1] or with a NaN that counts has scores of NaN. Scores do not depend
+    on the batch, to the last bit: all sums are elementwise additions in a fixed order.
     Raises ValueError for other shapes, dtypes (uint8 levels) and devices.
     """
     _check(pred, truth, mask, floating=True)
@@ -93,13 +79,12 @@ def frame_scores(pred, truth, mask=None):
     # 2^15 values from which torch splits an operation over threads, which costs more than it gains when they are busy.
     pixels = 2**25 if truth.is_cuda else 2**15 - 1
     frames = max(1, pixels // truth[0, 0].numel())
-    chunks = [x.flatten(0, 1).split(frames) for x in (pred, truth)]
-    chunks.append([None] * len(chunks[0]) if mask is None else mask.flatten(0, 1).split(frames))
+    chunks = (x.flatten(0, 1).split(frames) for x in (pred, truth, mask) if x is not None)
     parts = [_chunk_scores(*chunk) for chunk in zip(*chunks)]
     return {name: torch.cat([part[name] for part in parts]).view(truth.shape[:2]) for name in parts[0]}
 
 
-def _chunk_scores(pred, truth, mask):
+def _chunk_scores(pred, truth, mask=None):
     """frame_scores of (n, C, H, W): a dict of (n,)."""
     if mask is not None:
         pred, truth = torch.where(mask, pred, 0), torch.where(mask, truth, 0)
@@ -129,10 +114,8 @@ def _to_8bit(x):
 
 
 def _frame_sum(x):
-    """(n, …) -> (n,): the sums over frames, by adding the second half to the first until one value is left.
-
-    Unlike torch.sum, whose order of additions depends on the number of frames, the device and the threads. Works in x.
-    """
+    """(n, …) -> (n,): the sums over frames, by adding the second half to the first until one value is left. Unlike
+    torch.sum, whose order of additions depends on the number of frames, the device and the threads. Works in x."""
     x = x.flatten(1)
     while (size := x.shape[1]) > 1:
         x[:, :size // 2] += x[:, size - size // 2:]
@@ -149,9 +132,8 @@ GAUSSIAN_11 = [(g / (2 * sum(_gauss) - _gauss[0]), sorted({5 - k, 5 + k})) for k
 def _ssim(x, y, mask, window, top, covariance):
     """Mean structural similarity (Wang et al. 2004) of (n, C, H, W) float64 frames with values in [0, top]: (n,).
 
-    covariance: n/(n−1) of the window for sample covariance (scikit-image's default), 1 for the population's (MS-LSTM's
-    released code, after TensorFlow's). Both take only positions where the window fits; with a mask, those of them whose
-    window holds a pixel that counts.
+    covariance: n/(n−1) of the window for sample covariance, 1 for the population's. The mean is over channels and the
+    positions where the window fits (NaN where it fits nowhere) and, with a mask, holds a pixel that counts.
     """
     size = 1 + max(max(offsets) for _, offsets in window)
     if min(x.shape[-2:]) < size:
@@ -177,11 +159,9 @@ def _ssim(x, y, mask, window, top, covariance):
 def summarize(scores):
     """Means of frame_scores over a test set: {name: (N, T)} -> {name: {"mean", "frames", "left_out"}}, fit for JSON.
 
-    N counts sequences, all batches concatenated. "frames" are T means over sequences, "mean" over frames and sequences.
-    Frames without data (`pixels` of 0) are left out of all means and counted under "left_out". An exact frame has no
-    finite PSNR: "psnr" leaves it out of its means and counts it under "exact". None stands for what is undefined: no
-    frame left, a frame smaller than SSIM's window, NaN in a prediction.
-    Raises ValueError where the truth of a frame was not in [0, 1] (`pixels` of NaN).
+    "frames" are T means over N sequences, "mean" is over both; "left_out" counts frames without data, "exact" those
+    without a finite PSNR, which no mean has. None is what is undefined: no frame left, a frame smaller than SSIM's
+    window, NaN in a prediction. Raises ValueError where the truth of a frame was not in [0, 1] (`pixels` of NaN).
     """
     scores = {name: values.double().cpu() for name, values in scores.items()}
     pixels = scores.pop("pixels", torch.ones(()))
@@ -209,11 +189,10 @@ def _mean(values):
 
 @torch.no_grad()
 def event_counts(pred, truth, thresholds, mask=None):
-    """Count hits, misses, false alarms and correct negatives of "at least so much", for each threshold and lead time.
+    """Count hits, misses, false alarms, correct negatives of "at least so much" and pixels where one is NaN, which is
+    neither: int64 (thresholds, T, 5) on their device.
 
     pred, truth: (B, T, C, H, W), any numbers, in the thresholds' unit; mask: None or bool, True where a pixel counts.
-    Returns int64 (thresholds, T, 5) on their device; the fifth column counts the pixels where one is NaN, which is no
-    event and no absence of one. Add up the counts of all batches and processes, then csi_hss.
     Raises ValueError as frame_scores does.
     """
     _check(pred, truth, mask)
@@ -231,9 +210,9 @@ def event_counts(pred, truth, thresholds, mask=None):
 def csi_hss(counts, thresholds):
     """CSI and HSS of event_counts: {"csi_0.5": {"mean": float, "frames": [float] * T, "undefined": int}, "hss_0.5": …}.
 
-    Scored per lead time, then averaged. A lead time without a defined score (0/0: no event forecast, none happened, or
-    no data) is None; the mean leaves it out, "undefined" counts it. A NaN that counts makes its lead time and the mean
-    None. Raises ValueError for counts of other thresholds.
+    A lead time without a score (0/0: no event forecast, none happened, or no data) is None; the mean leaves it out,
+    "undefined" counts it. A NaN that counts makes its lead time and the mean None. Raises ValueError for counts of
+    other thresholds.
     """
     if counts.shape != (len(thresholds), *counts.shape[1:2], 5):
         raise ValueError(f"counts {tuple(counts.shape)} are not (thresholds, T, 5) for {len(thresholds)} thresholds")
@@ -257,8 +236,8 @@ def csi_hss(counts, thresholds):
 def unit_errors(pred, truth, mask=None):
     """Errors in the data's unit: float64 (T, C, 3) on their device, Σ error², Σ |error| and the pixels that count.
 
-    pred, truth: (B, T, C, H, W), any numbers, in one unit; mask: None or bool, True where a pixel counts. Add up those
-    of all batches and processes, then unit_summary. Raises ValueError as frame_scores does.
+    pred, truth: (B, T, C, H, W), any numbers, in one unit; mask: None or bool, True where a pixel counts.
+    Raises ValueError as frame_scores does.
     """
     _check(pred, truth, mask)
     sums = truth.new_zeros((*truth.shape[1:3], 3), dtype=torch.float64)
@@ -274,8 +253,8 @@ def unit_errors(pred, truth, mask=None):
 def unit_summary(sums):
     """RMSE and MAE of unit_errors, in that unit: {"rmse": {"mean": float, "frames": [float] * T}, "mae_units": …}.
 
-    Pooled over pixels: "frames" over all sequences and channels, "mean" over the lead times, too. With several channels
-    "rmse_1", "mae_units_1", … are those of each. None where nothing counts, and for NaN or infinity among what counts.
+    Pooled over pixels, sequences and channels, "mean" over lead times, too. With several channels "rmse_1",
+    "mae_units_1", … are those of each. None where nothing counts, and for NaN or infinity among what counts.
     """
     if sums.ndim != 3 or sums.shape[2] != 3:
         raise ValueError(f"sums {tuple(sums.shape)} are not (T, C, 3)")
@@ -294,74 +273,66 @@ def unit_summary(sums):
 def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim"), unit=None, precision=None):
     """The text table at the end of a run, at most 100 columns wide.
 
-    results: summaries (of summarize, with unit_summary and csi_hss merged in where the data have a unit) under
-    "forecast" and, where there are any, "all_predictions", "repeat_last", "black" and "first_channel" (the forecast's).
-    Forecast and repeated last frame stand side by side, frame by frame, with their means; below them the means of the
-    others, and of `published`: dicts
-    with "source" and some metrics. metrics: what the first block shows, four at most; errors in the data's unit, CSI
-    and HSS follow in blocks of their own where there are any. precision: of the run, said beside published figures.
+    results: {"forecast": summary, "repeat_last": …, "all_predictions": …, "black": …, "first_channel": …}, all but the
+    first where there are any. The first two stand side by side, frame by frame; below them the means of the others, and
+    of `published`: dicts with "source" and some metrics. metrics: of the first block, four at most; what the data's
+    unit adds follows in blocks of its own. precision: of the run, said beside published figures.
     """
     forecast = results["forecast"]
-    blocks = [[m for m in metrics if m in forecast]]
-    errors = [m.removeprefix("rmse") for m in forecast if m.startswith("rmse")]
-    blocks += [[f"rmse{c}", f"mae_units{c}"] for c in (errors if len(errors) < 2 else errors[1:])]  # else each channel
-    blocks += [[m for m in forecast if m.startswith(score)] for score in ("csi_", "hss_")]
+    errors = [m.removeprefix("rmse") for m in forecast if m.startswith("rmse")]  # "", and _1, … of several channels
+    blocks = [[m for m in metrics if m in forecast], *([f"rmse{c}", f"mae_units{c}"] for c in errors[1:] or errors),
+              *([m for m in forecast if m.startswith(score)] for score in ("csi_", "hss_"))]
     blocks = [block for block in blocks if block]
     text = "\n\n".join(_block(results, published, block, unit) for block in blocks)
-    notes = ("mse", "left_out", "frames without data are left out"), ("psnr", "exact", "PSNR leaves out exact frames")
-    for m, key, what in notes:
-        counts = {name.replace("_", " "): summary[m].get(key) for name, summary in results.items() if m in summary}
-        if any(counts.values()) and (key != "exact" or m in metrics):
-            text += f"\n{what}: " + ", ".join(f"{n} ({name})" for name, n in counts.items() if n)
+    notes = [("mse", "left_out", "frames without data are left out"), ("psnr", "exact", "PSNR leaves out exact frames")]
+    for m, key, what in notes if "psnr" in metrics else notes[:1]:
+        counts = [f"{s[m][key]} ({name.replace('_', ' ')})" for name, s in results.items() if s[m].get(key)]
+        text += f"\n{what}: {', '.join(counts)}" if counts else ""
     if {"psnr_float", "ssim_gaussian"} & set(metrics):
         text += "\n* on floats, SSIM with a Gaussian window: as MS-LSTM scores"
     if published and precision:
         text += f"\nthe papers' figures are of fp32 runs; this run computed in {precision}"
     if len(errors) > 1:
         text += f"\nRMSE and MAE 1 to {len(errors) - 1}: each channel's, in its own unit"
-    names = dict.fromkeys(name_of(m)[0].split()[0].strip("*,") for block in blocks for m in block)
-    errors = ("MSE", "MAE", "RMSE")
-    better = {"lower": [n for n in names if n in errors], "higher": [n for n in names if n not in errors]}
-    better = " and ".join(f"{way} {', '.join(those)}" for way, those in better.items() if those)
-    return text + "\n" + textwrap.fill(
-        f"How to read it: {better} are better; the repeated last frame is what a forecast must beat.", 100)
+    lower = "MSE, MAE, RMSE" if errors else "MSE, MAE"
+    higher = "PSNR, SSIM, CSI, HSS" if any(m.startswith("csi_") for m in forecast) else "PSNR, SSIM"
+    how = (f"How to read it: lower {lower} and higher {higher} are better; "
+           "the repeated last frame is what a forecast must beat.")
+    return text + "\n" + textwrap.fill(how, 100)
 
 
 def _block(results, published, metrics, unit):
     """One block of the table: these metrics of the forecast on the left, of the repeated last frame on the right."""
-    forecast, repeat = results["forecast"], results.get("repeat_last")
-    sides = [forecast, repeat] if repeat else [forecast]
+    sides = [results[name] for name in ("forecast", "repeat_last") if name in results]
+    length, bar = len(sides[0][metrics[0]]["frames"]), 1 + len(metrics)
     digits = {m: 2 if max(side[m]["mean"] or 0 for side in sides) >= 10 else 4 for m in metrics}
 
-    def cells(*summaries, frame=None):
-        values = [(summary[m]["mean"] if frame is None else summary[m]["frames"][frame], digits[m])
-                  for summary in summaries for m in metrics]
-        return ["–" if value is None else f"{value:.{places}f}" for value, places in values]
+    def row(label, *summaries, frame=-1):  # the means are behind the frames
+        cells = [label]
+        for summary in summaries:
+            values = [(*summary[m]["frames"], summary[m]["mean"])[frame] for m in metrics]
+            cells += ["|"] * (len(cells) > 1)
+            cells += ["–" if v is None else f"{v:.{digits[m]}f}" for m, v in zip(metrics, values)]
+        return cells
 
-    length = len(forecast[metrics[0]]["frames"])
-    rows = [["frame"] + [name_of(m, unit)[0] for m in metrics] * len(sides)]
-    rows += [[str(k + 1)] + cells(*sides, frame=k) for k in range(length)] + [["mean"] + cells(*sides)]
+    names = [name_of(m, unit)[0] for m in metrics]
+    rows = [["frame", *names] + ["|", *names] * (len(sides) - 1)]
+    rows += [row(str(k + 1), *sides, frame=k) for k in range(length)] + [row("mean", *sides)]
     for name in ("all_predictions", "black", "first_channel"):
         if metrics[0] in results.get(name, {}):
             count = len(results[name][metrics[0]]["frames"])
             label = f"all {count} predictions" if name == "all_predictions" else name.replace("_", " ")
-            rows.append([label] + cells(results[name]))
+            rows.append(row(label, results[name]))
     for paper in published:
         if any(paper.get(m) is not None for m in metrics):  # digits as the paper prints them
             source = textwrap.shorten(paper["source"], 32, placeholder=" …")
             rows.append([source] + ["–" if paper.get(m) is None else f"{paper[m]:g}" for m in metrics])
 
     widths = [2 * (k > 0) + max(len(row[k]) for row in rows if k < len(row)) for k in range(len(rows[0]))]
-    bar = 1 + len(metrics)  # the first column of the right side
-
-    def line(row):
-        text = row[0].ljust(widths[0])
-        return text + "".join(("  |" if k == bar else "") + row[k].rjust(widths[k]) for k in range(1, len(row)))
-
-    head, *lines = map(line, rows)
+    head, *lines = (row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:])) for row in rows)
     title = "forecast".rjust(sum(widths[:bar]))
-    if repeat:
-        title += "  |" + "repeated last frame".rjust(sum(widths[bar:]))
+    if len(sides) > 1:
+        title += "  |" + "repeated last frame".rjust(sum(widths[bar + 1:]))
     dashes = "-" * len(head)
     return "\n".join([title, head, dashes, *lines[:length], dashes, *lines[length:]])
 
@@ -374,52 +345,43 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#5
 DASHES = ("none", "7 3", "2 2", "9 3 2 3", "4 4")
 MARKERS = ("M-3,0a3,3 0 1,0 6,0a3,3 0 1,0 -6,0z", "M-3,-3h6v6h-6z", "M0,-4l4,7h-8z", "M0,-4l4,4l-4,4l-4,-4z")
 PANEL = (400, 260)  # width and height of a panel with its labels
-PLOT = (64, 34, 384, 214)  # left, top, right, bottom of its axes
 
 
-def score_curves(summaries, title="", unit=None, metrics=("mse", "mae", "psnr", "ssim")):
-    """Frame-wise scores of several forecasts, {label: summary}, as SVG: `metrics`, and what the data's unit adds."""
-    first = next(iter(summaries.values()))
-    shown = [m for m in first if m in (*metrics, "rmse", "mae_units") or m.startswith(("csi_", "hss_"))]
-    return curve_panels_svg([(*name_of(m, unit), "forecast frame", {
+def score_curves(summaries, title="", unit=None):
+    """Frame-wise scores of several forecasts, {label: summary}, as SVG: of frames, and what the unit adds."""
+    shown = [m for m in next(iter(summaries.values())) if m.startswith(("csi_", "hss_"))
+             or m in ("mse", "mae", "psnr", "ssim", "rmse", "mae_units")]
+    return curves_svg([(*name_of(m, unit), "forecast frame", {
         label: [*enumerate(summary[m]["frames"], 1)] for label, summary in summaries.items() if m in summary})
         for m in shown], title)
 
 
-def training_curves(curves, title=""):
-    """Values over the iterations as SVG: {name of a panel: (name of the values, [(iteration, value), …])}."""
-    panels = [(name, of, "iteration", {name: points}) for name, (of, points) in curves.items()]
-    return curve_panels_svg(panels, title, log=True)
+def curves_svg(panels, title="", log=False):
+    """Panels of curves with axes, ticks and one legend, two beside each other, as the text of an SVG file.
 
-
-def curve_panels_svg(panels, title="", log=False, columns=2):
-    """Panels of curves with axes, ticks and one legend, as the text of a self-contained SVG file.
-
-    panels: (title, name of the y axis with its unit, name of the x axis, curves), curves: {label: [(x, y), …]}. A label
-    looks the same in every panel. A y of None is a gap. title: a line above all panels; say model, variant, data and
-    iteration there. log: with logarithmic y axes, where all values allow them.
-    Every unbroken piece of a curve is a <polyline> with its label and its numbers in full as data-label, data-x and
-    data-values. Raises ValueError for NaN and infinity.
+    panels: (title, name of the y axis with its unit, name of the x axis, {label: [(x, y), …]}). A label looks the same
+    in every panel. A y of None is a gap. log: with logarithmic y axes, where all values allow them. Every unbroken
+    piece is a <polyline> with its numbers in full as data-x, data-values. Raises ValueError for NaN and infinity.
     """
-    labels = list(dict.fromkeys(label for panel in panels for label in panel[3]))
-    styles = dict(zip(labels, zip(cycle(COLOURS), cycle(DASHES), cycle(MARKERS))))
-    columns = min(columns, len(panels))
-    width, top = PANEL[0] * columns, 30 if title else 0
-    body = [_panel(*panel, log, styles, (k % columns) * PANEL[0], top + k // columns * PANEL[1])
-            for k, panel in enumerate(panels)]
-    x, y = 20, top + math.ceil(len(panels) / columns) * PANEL[1] + 14
-    for label, (colour, dash, marker) in styles.items():
+    labels = dict.fromkeys(label for *_, curves in panels for label in curves)
+    styles = {label: (f'stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}"',
+                      f'<path d="{marker}" transform="translate({{}})" fill="{colour}"/>')
+              for label, colour, dash, marker in zip(labels, cycle(COLOURS), cycle(DASHES), cycle(MARKERS))}
+    width, top = PANEL[0] * min(2, len(panels)), 30 if title else 0
+    body = [_panel(*panel, log, styles, k % 2 * PANEL[0], top + k // 2 * PANEL[1]) for k, panel in enumerate(panels)]
+    if title:
+        body.append(_text(width / 2, 20, title, size=14))
+    x, y = 20, top + math.ceil(len(panels) / 2) * PANEL[1] + 14
+    for label, (stroke, marker) in styles.items():
         needed = 60 + 6.5 * len(label)  # 11-pixel letters are about that wide
         if x > 20 and x + needed > width:
             x, y = 20, y + 18
-        body.append(f'<path d="M{x},{y}h34" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}"/>'
-                    f'<path d="{marker}" transform="translate({x + 17},{y})" fill="{colour}"/>'
+        body.append(f'<path d="M{x},{y}h34" {stroke}/>' + marker.format(f"{x + 17},{y}")
                     + _text(x + 40, y + 4, label, "start"))
         x += needed
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 16}" '
             f'viewBox="0 0 {width} {y + 16}" font-family="sans-serif" font-size="11">\n'
-            f'<rect width="{width}" height="{y + 16}" fill="white"/>\n'
-            + "\n".join(body + [_text(width / 2, 20, title, size=14)] * bool(title)) + "\n</svg>\n")
+            f'<rect width="{width}" height="{y + 16}" fill="white"/>\n' + "\n".join(body) + "\n</svg>\n")
 
 
 def _panel(title, ylabel, xlabel, curves, log, styles, x0, y0):
@@ -429,45 +391,47 @@ def _panel(title, ylabel, xlabel, curves, log, styles, x0, y0):
     xs, ys = ([point[axis] for _, piece in pieces for point in piece] for axis in (0, 1))
     if not all(map(math.isfinite, xs + ys)):
         raise ValueError(f"{title}: a curve cannot show NaN or infinity")
-    left, top, right, bottom = PLOT
+    left, top, right, bottom = 64, 34, 384, 214  # of the axes
+    across, down = (left + right) / 2, (top + bottom) / 2
     (x_ticks, x_of), (y_ticks, y_of) = _axis(xs, left, right), _axis(ys, bottom, top, log and all(y > 0 for y in ys))
-    out = [f'<g transform="translate({x0},{y0})">', _text((left + right) / 2, top - 12, title, size=13),
-           _text((left + right) / 2, bottom + 34, xlabel), _text(14, (top + bottom) / 2, ylabel, turn=-90)]
+    out = [f'<g transform="translate({x0},{y0})">', _text(across, top - 12, title, size=13),
+           _text(across, bottom + 34, xlabel), _text(14, down, ylabel, turn=-90)]
     out += [f'<path d="M{left},{y_of(tick):.2f}H{right}" stroke="#ddd"/>'
             + _text(left - 6, y_of(tick) + 4, f"{tick:g}", "end") for tick in y_ticks]
     out += [f'<path d="M{x_of(tick):.2f},{bottom}v4" stroke="black"/>' + _text(x_of(tick), bottom + 17, f"{tick:g}")
             for tick in x_ticks]
     out.append(f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="black"/>')
     for label, piece in pieces:
-        colour, dash, marker = styles[label]
+        stroke, marker = styles[label]
         points = [f"{x_of(x):.2f},{y_of(y):.2f}" for x, y in piece]
-        numbers = [" ".join(repr(float(v)) for v in values) for values in zip(*piece)]
-        out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}" '
-                   f'points="{" ".join(points)}" data-label="{_safe(label)}" data-x="{numbers[0]}" '
-                   f'data-values="{numbers[1]}"/>')
-        out += [f'<path d="{marker}" transform="translate({point})" fill="{colour}"/>'
-                for point in points[::math.ceil(len(points) / 20)]]
-    return "\n".join(out + [_text((left + right) / 2, (top + bottom) / 2, "no values")] * (not pieces)) + "\n</g>"
+        data_x, values = (" ".join(repr(float(v)) for v in axis) for axis in zip(*piece))
+        out.append(f'<polyline fill="none" {stroke} points="{" ".join(points)}" data-label="{_safe(label)}" '
+                   f'data-x="{data_x}" data-values="{values}"/>')
+        out += map(marker.format, points[::math.ceil(len(points) / 20)])
+    if not pieces:
+        out.append(_text(across, down, "no values"))
+    return "\n".join([*out, "</g>"])
 
 
 def _axis(values, start, end, log=False):
     """Ticks of an axis that holds the values, and the map from a value to its place between start and end (pixels)."""
-    low, high = (min(values), max(values)) if values else (1, 10)
     scale = math.log10 if log else float
-    a, b = scale(low), scale(high)
-    margin = 0.05 * (b - a) or 0.05 * abs(b) or 0.5
-    a, b = a - margin, b + margin
-    if log and b - a > 1:
-        mantissas = (1,) if b - a > 3 else (1, 2, 5)
-        ticks = [m * 10.0**e for e in range(math.floor(a), math.ceil(b), math.ceil((b - a) / 6)) for m in mantissas]
+    low, high = scale(min(values, default=1)), scale(max(values, default=10))
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
+    low, high = low - margin, high + margin
+    if log and high - low > 1:
+        mantissas = (1,) if high - low > 3 else (1, 2, 5)
+        powers = range(math.floor(low), math.ceil(high), math.ceil((high - low) / 6))
+        ticks = [m * 10.0**power for power in powers for m in mantissas]
     else:  # a logarithmic axis of less than a decade is nearly linear
-        lowest, highest = (10**a, 10**b) if log else (a, b)
+        lowest, highest = (10**low, 10**high) if log else (low, high)
         power = 10 ** math.floor(math.log10((highest - lowest) / 4))
         step = next(m * power for m in (1, 2, 5, 10) if (highest - lowest) / (m * power) <= 6)
         if all(isinstance(v, int) for v in values):
             step = max(1, round(step))
         ticks = [k * step for k in range(math.ceil(lowest / step), math.floor(highest / step) + 1)]
-    return [t for t in ticks if a <= scale(t) <= b], lambda value: start + (scale(value) - a) / (b - a) * (end - start)
+    return ([tick for tick in ticks if low <= scale(tick) <= high],
+            lambda value: start + (scale(value) - low) / (high - low) * (end - start))
 
 
 def _safe(text):
@@ -483,261 +447,210 @@ def _text(x, y, text, anchor="middle", size=11, turn=0):
 # ---- Pictures: images are uint8 (H, W, 3) ----------------------------------------------------------------------------
 
 def png(images, delay_ms=300):
-    """A PNG file of an image (H, W, 3), or of images (T, H, W, 3) an animated one that loops for ever."""
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[-1] != 3:
-        raise ValueError(f"an image is uint8 (H, W, 3), not {images.dtype} {images.shape}")
-    chunks, frames = [], images if images.ndim == 4 else images[None]
+    """A PNG file of an image, uint8 (H, W, 3), or of images (T, H, W, 3) an animated one that loops for ever."""
+    frames, chunks = images if images.ndim == 4 else images[None], []
     if (frames == frames[..., :1]).all():
         frames = frames[..., :1]
     count, height, width, colours = frames.shape
-
-    def chunk(kind, content):
-        chunks.append(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)))
-
-    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colours - 1, 0, 0, 0))  # colour type 0: grey, 2: RGB
+    chunks.append((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colours - 1, 0, 0, 0)))  # type 0: grey, 2: RGB
     if images.ndim == 4:
-        chunk(b"acTL", struct.pack(">II", count, 0))
+        chunks.append((b"acTL", struct.pack(">II", count, 0)))
     for t, frame in enumerate(frames):
         if images.ndim == 4:  # numbered together with the data of all frames but the first
-            chunk(b"fcTL", struct.pack(">IIIIIHHBB", max(2 * t - 1, 0), width, height, 0, 0, delay_ms, 1000, 0, 0))
+            control = struct.pack(">IIIIIHHBB", max(2 * t - 1, 0), width, height, 0, 0, delay_ms, 1000, 0, 0)
+            chunks.append((b"fcTL", control))
         rows = np.pad(frame.reshape(height, -1), ((0, 0), (1, 0)))  # a zero before each row: no filter
         packed = zlib.compress(rows.tobytes(), 6)
-        chunk(*((b"fdAT", struct.pack(">I", 2 * t) + packed) if t else (b"IDAT", packed)))
-    chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+        chunks.append((b"fdAT", struct.pack(">I", 2 * t) + packed) if t else (b"IDAT", packed))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in (*chunks, (b"IEND", b"")))
 
 
 # The printable ASCII characters from the blank on, five columns of seven dots each, the lowest bit at the top.
 FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
-    "000000000000005f00000007000700147f147f14242a7f2a12231308646236495620500000070000001c2241000041221c00"
-    "2a1c7f1c2a08083e080800403000000808080808000060600020100804023e5149453e00427f400062514949462241494936"
-    "1814127f1027454545393c4a49493001710905033649494936064949291e0000363600004036000000081422411414141414"
-    "412214080002015909063e415d555e7c1211127c7f494949363e414141227f4141413e7f494949417f090909013e4149497a"
-    "7f0808087f00417f41002040413f017f081422417f404040407f020c027f7f0408107f3e4141413e7f090909063e4151215e"
-    "7f09192946264949493201017f01013f4040403f1f2040201f3f4038403f631408146307087008076151494543007f414100"
-    "02040810200041417f0004020102044040404040000102040020545454787f484444383844444428384444487f3854545418"
-    "087e0901020c5252523e7f0804047800447d40002040443d007f1028440000417f40007c041804787c080404783844444438"
-    "7c14141408081414147c7c080404084854545424043f4440203c4040207c1c2040201c3c4030403c44281028440c5050503c"
-    "4464544c44000836410000007f000000413608000804081008"
-), np.uint8).reshape(95, 5, 1), axis=2, bitorder="little")[:, :, :7].swapaxes(1, 2).astype(bool)
-FONT = np.pad(FONT, ((0, 0), (0, 0), (0, 1)))  # (95, 7, 6)
+    "000000000000005f00000007000700147f147f14242a7f2a12231308646236495620500000070000001c2241000041221c002a1c7f1c2a"
+    "08083e080800403000000808080808000060600020100804023e5149453e00427f4000625149494622414949361814127f102745454539"
+    "3c4a49493001710905033649494936064949291e0000363600004036000000081422411414141414412214080002015909063e415d555e"
+    "7c1211127c7f494949363e414141227f4141413e7f494949417f090909013e4149497a7f0808087f00417f41002040413f017f08142241"
+    "7f404040407f020c027f7f0408107f3e4141413e7f090909063e4151215e7f09192946264949493201017f01013f4040403f1f2040201f"
+    "3f4038403f631408146307087008076151494543007f41410002040810200041417f000402010204404040404000010204002054545478"
+    "7f484444383844444428384444487f3854545418087e0901020c5252523e7f0804047800447d40002040443d007f1028440000417f4000"
+    "7c041804787c0804047838444444387c14141408081414147c7c080404084854545424043f4440203c4040207c1c2040201c3c4030403c"
+    "44281028440c5050503c4464544c44000836410000007f000000413608000804081008"
+), np.uint8).reshape(95, 5, 1), axis=2, bitorder="little")[:, :, :7].swapaxes(1, 2)
+FONT = np.pad(255 - 255 * FONT, ((0, 0), (0, 0), (0, 1)), constant_values=255)  # (95, 7, 6), black on white
 
 
 def words(text):
-    """A line of text, black on white: an image 7 high. Letters lose their accents; what the font lacks is escaped."""
+    """A line of text as an image 7 high. Letters lose their accents; what the font lacks is escaped."""
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     text = "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in letters)
-    dots = FONT[np.frombuffer(text.encode(), np.uint8) - 32].swapaxes(0, 1).reshape(7, 6 * len(text), 1)
-    return np.where(dots, 0, 255).astype(np.uint8).repeat(3, 2)
+    image = np.hstack([np.empty((7, 0)), *(FONT[ord(c) - 32] for c in text)])
+    return image[..., None].repeat(3, 2).astype(np.uint8)
 
 
 # From black through red to yellow, on a curve in Oklab (Ottosson 2020) of evenly rising lightness: equal steps look
 # equal, also in grey print and to the colour-blind.
-_stops = np.frombuffer(bytes.fromhex(
+PALETTE = np.frombuffer(bytes.fromhex(
     "0900231a012b2f0632430e395818406d2347812f4d953d54a74c5ab85c5fc86e65d7816be59571f0aa77f9c07dffd882fff088"), np.uint8)
-PALETTE = np.rint([np.interp(np.arange(256), np.linspace(0, 255, 17), stop) for stop in _stops.reshape(17, 3).T])
-PALETTE = PALETTE.T.astype(np.uint8)  # (256, 3)
+PALETTE = [np.interp(np.arange(256), np.linspace(0, 255, 17), stops) for stops in PALETTE.reshape(17, 3).T]
+PALETTE = np.rint(PALETTE).T.astype(np.uint8)  # (256, 3)
 GREY = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
 NO_DATA = (150, 160, 170)                                         # a grey that no palette has
 RAIN_CLASSES = (0.1, 0.5, 1, 2, 5, 10)                            # mm/h, the lower bounds of all classes but the first
-RAIN_COLOURS = np.concatenate([[[255, 255, 255]], PALETTE[::-1][np.linspace(8, 255, 6).astype(int)]]).astype(np.uint8)
-RAIN_LEGEND = [*zip(RAIN_COLOURS.tolist(), ["< 0.1 mm/h"] + [
-    f"{low:g} - {high:g}" for low, high in zip(RAIN_CLASSES, RAIN_CLASSES[1:])] + [f">= {RAIN_CLASSES[-1]:g} mm/h"])]
+RAIN_COLOURS = np.concatenate([[[255, 255, 255]], PALETTE[[247, 198, 149, 99, 50, 0]]]).astype(np.uint8)
+RAIN_LEGEND = [*zip(RAIN_COLOURS, ("< 0.1 mm/h", "0.1 - 0.5", "0.5 - 1", "1 - 2", "2 - 5", "5 - 10", ">= 10 mm/h"))]
+FEATURES = "mean of |x| over channels"
+
+# A row of a sheet: panels of one size, uint8 (n, h, w, 3), or (n, T, h, w, 3) in motion, their label to the left and,
+# to the right, the palette with its scale (low, high), if any.
+Row = namedtuple("Row", "label images scale")
+# A sequence (T, C, H, W), of which `past` frames were read and those that followed may be unknown, with forecasts of
+# it, {label: (horizon, C, H, W)}: in one unit, NaN where there are no data. No line is made for an empty text.
+Film = namedtuple("Film", "caption past truth forecasts")
 
 
-def paint(values, scale, palette=PALETTE):
-    """Values (...) in the palette's colours, uint8 (..., 3): the scale's low and less in the first, its high and more
-    in the last; NaN as NO_DATA."""
-    low, high = scale
-    share = (values - low) / (high - low) if high > low else 0 * values
-    images = palette[np.rint(255 * np.nan_to_num(share).clip(0, 1)).astype(int)]
+def paint(values, unit=None, scale=None):
+    """Values (...) as colours, uint8 (..., 3); NaN as NO_DATA. unit: None, for grey in [0, 1]; "mm/h", for rain, in
+    classes; any other, for the palette over the scale (low, high), what lies beyond in its first and last colour."""
+    if unit == "mm/h":
+        images = RAIN_COLOURS[np.searchsorted(np.float32(RAIN_CLASSES), values, side="right")]
+    else:
+        low, high = (0, 1) if unit is None else scale
+        share = (values - low) / (high - low) if high > low else 0 * values
+        images = (GREY if unit is None else PALETTE)[np.rint(255 * np.nan_to_num(share).clip(0, 1)).astype(int)]
     images[np.isnan(values)] = NO_DATA
     return images
 
 
-def fit(images, size):
-    """Images (..., H, W) as (..., *size), every pixel that of the place it comes from: nothing is smoothed."""
-    rows, columns = (np.arange(new) * old // new for new, old in zip(size, images.shape[-2:]))
-    return images[..., rows[:, None], columns]
-
-
-class Row(NamedTuple):
-    """A row of a sheet: panels of one size."""
-
-    label: str
-    images: np.ndarray          # uint8 (n, h, w, 3)
-    scale: tuple = None         # (low, high) of the palette, drawn to the right of the row
-    notes: tuple = ()           # of each panel: a word written across it, or ""
-
-
-def _constant(values):
-    """Notes for panels (n, h, w) that show nothing: all of one value, but for rounding."""
-    known = [panel[~np.isnan(panel)] for panel in values]
-    return ["constant" if v.size and np.ptp(v) <= 1e-6 * np.abs(v).max() else "" for v in known]
-
-
-def heat_row(label, values, size):
-    """Maps (n, h, w) of any values as a row of panels of `size`, in one scale from their least to their greatest value.
-
-    A constant panel is noted as such. Raises ValueError for NaN and infinity.
-    """
-    values = torch.as_tensor(values).detach().cpu().double().numpy()
-    if not np.isfinite(values).all():
-        raise ValueError(f"{label}: NaN or infinity among the values to be drawn")
-    scale = values.min().item(), values.max().item()
-    return Row(label, paint(fit(values, size), scale), scale, _constant(values))
-
-
-def film_rows(label, frames, unit=None, scale=None):
-    """Frames (T, C, H, W), NaN where there are no data, as rows of panels, one a channel, numbered if several.
-
-    unit: None, for grey frames in [0, 1]; "mm/h", for rain, in classes; any other, for a heat map of values in it with
-    the scale (low, high). A constant panel is noted as such.
-    """
-    values = torch.as_tensor(frames).detach().cpu().float().numpy()
-    count, (height, width) = values.shape[1], values.shape[2:]
-    step = -(-max(height, width) // 256)  # thinned out, for a longer side of 256 pixels at most, or magnified
-    times = max(1, 64 // min(height, width)) if step == 1 else 1
-    panels = fit(values, (-(-height // step) * times, -(-width // step) * times))
-    if unit == "mm/h":
-        images = RAIN_COLOURS[np.searchsorted(np.float32(RAIN_CLASSES), np.nan_to_num(panels), side="right")]
-        images[np.isnan(panels)] = NO_DATA
-    else:
-        images = paint(panels, scale, PALETTE) if unit else paint(panels, (0, 1), GREY)
-    return [Row(f"{label} {c + 1}/{count}" if count > 1 else label, images[:, c],
-                scale if unit not in (None, "mm/h") else None, _constant(values[:, c])) for c in range(count)]
-
-
-def _place(canvas, image, down=0.5, across=0.5):
-    """Put an image onto a canvas, in its middle or at another share of the way; what does not fit is cut off."""
-    image = image[:canvas.shape[0], :canvas.shape[1]]
-    y, x = int(down * (canvas.shape[0] - len(image))), int(across * (canvas.shape[1] - image.shape[1]))
-    canvas[y:y + len(image), x:x + image.shape[1]] = image
-    return canvas
-
-
-def _white(height, width):
-    return np.full((height, width, 3), 255, np.uint8)
-
-
-def _join(images, axis, gap=2):
-    """Images below (axis 0) or beside (axis 1) each other on white."""
-    most = max(image.shape[1 - axis] for image in images)
-    sizes = [(gap + n, most) if axis == 0 else (most, gap + n) for n in (image.shape[axis] for image in images)]
-    return np.concatenate([_place(_white(*size), image, 0, 0) for size, image in zip(sizes, images)], axis)
-
-
-def sheet(rows, title="", legend=()):
-    """Rows of panels below each other on white.
-
-    rows: of three kinds: a text, which gets a line of its own; a list of texts, each above a column; a `Row`, its label
-    to the left. All panels have one width. legend: (colour, text) pairs for the foot of the sheet.
-    """
-    panels = [row for row in rows if isinstance(row, Row)]
-    width, left = panels[0].images.shape[2], max(words(row.label).shape[1] for row in panels) + 4
-    lines = []
-    for row in [title, *rows] if title else rows:
-        if isinstance(row, str):
-            line = np.pad(words(row), ((4, 2), (0, 0), (0, 0)), constant_values=255)
-        elif isinstance(row, list):
-            line = _join([_white(11, left), *(_place(_white(11, width), words(text)) for text in row)], 1)
-        else:
-            high = row.images.shape[1]
-            cells = [_place(_white(high, left), words(row.label), across=0), *row.images]
-            for k, note in enumerate(row.notes, 1):
-                if note:
-                    tag = np.pad(words(note), ((2, 2), (2, 1), (0, 0)), constant_values=255)
-                    cells[k] = _place(cells[k].copy(), tag)
-            if row.scale:
-                low, top = (words(f"{v:.0f}" if abs(v) >= 1000 else f"{v:.3g}") for v in row.scale)
-                ends = _white(high, max(low.shape[1], top.shape[1]))
-                bar = PALETTE[np.linspace(255, 0, high).round().astype(int)][:, None].repeat(8, 1)
-                cells += [bar, _place(_place(ends, top, 0, 0), low, 1, 0)]
-            line = _join(cells, 1)
-        lines.append(line)
-    if legend:
-        swatches = [np.pad(np.full((9, 9, 3), colour, np.uint8), ((1, 1), (1, 1), (0, 0))) for colour, _ in legend]
-        texts = [_place(_white(11, words(text).shape[1] + 6), words(text), across=0) for _, text in legend]
-        lines += [_white(4, 1), _join([cell for pair in zip(swatches, texts) for cell in pair], 1)]
-    return np.pad(_join(lines, 0), ((2, 0), (2, 0), (0, 0)), constant_values=255)
-
-
-# ---- Sheets of films, and of what a model holds ----------------------------------------------------------------------
-
-class Film(NamedTuple):
-    """A sequence and forecasts of it, in one unit, NaN where there are no data."""
-
-    caption: str                # a line above it, or ""
-    past: int                   # how many frames were read
-    truth: torch.Tensor         # (T, C, H, W): the frames read and, where they are known, those that followed
-    forecasts: dict             # {label: (horizon, C, H, W)}; a label of "" gets no line
-
-
-def _range(*films):
-    """The least and the greatest value of films."""
-    values = torch.cat([film[~film.isnan()] for film in films])
+def _range(*values):
+    """The least and the greatest value that is not NaN; (0, 0) of none."""
+    values = np.concatenate([np.ravel(v) for v in values])
+    values = values[~np.isnan(values)]
     return (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
 
 
-def _film_sheet(films, rows, title, unit):
-    legend = RAIN_LEGEND if unit == "mm/h" else []
-    if any(frames.isnan().any() for film in films for frames in (film.truth, *film.forecasts.values())):
-        legend = [(NO_DATA, "no data"), *legend]
-    return sheet(rows, f"{title}, in {unit}" if unit else title, legend)
+def _stamp(images, text):
+    """Write a word across the middle of images (..., h, w, 3), in place; what does not fit is cut off."""
+    height, width = images.shape[-3:-1]
+    tag = np.pad(words(text), ((2, 2), (2, 1), (0, 0)), constant_values=255)[:height, :width]
+    y, x = (height - tag.shape[0]) // 2, (width - tag.shape[1]) // 2
+    images[..., y:y + tag.shape[0], x:x + tag.shape[1], :] = tag
+
+
+def panel_rows(label, values, unit=None, scale=None, size=None, cross=None):
+    """Values (n, C, h, w) as rows of n panels, one a channel, numbered if several. A constant panel is noted as such.
+
+    unit, scale: as in `paint`; by default from the least to the greatest value. size: (height, width) of a panel; by
+    default the values', thinned out to 256 pixels at most or magnified to some 64; nothing is smoothed. cross: where to
+    put a "+" that leaves its middle open, (y, x) in shares of height and width.
+    """
+    values = np.asarray(values, dtype=float)
+    scale = None if unit in (None, "mm/h") else scale or _range(values)
+    count, *shape = values.shape[1:]
+    if not size:
+        step = -(-max(shape) // 256)
+        size = [-(-side // step) * max(1, 64 // min(shape) if step == 1 else 1) for side in shape]
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, shape))
+    images = paint(values[..., rows[:, None], columns], unit, scale)
+    if cross:
+        y, x = (np.abs(np.arange(side) - int(share * side)) for share, side in zip(cross, size))
+        near, far = np.minimum(y[:, None], x), np.maximum(y[:, None], x)
+        images[..., (near <= 1) & (far > 0) & (far <= 5), :] = 0
+        images[..., (near == 0) & (far > 0) & (far < 5), :] = 255
+    for at in np.ndindex(values.shape[:2]):
+        low, high = _range(values[at])
+        if high - low <= 1e-6 * max(abs(low), abs(high)) and not np.isnan(values[at]).all():
+            _stamp(images[at], "constant")
+    return [Row(f"{label} {c + 1}/{count}" if count > 1 else label, images[:, c], scale) for c in range(count)]
+
+
+def sheet(rows, title="", unit=None):
+    """Rows below each other on white: an image, or images (T, h, w, 3) where one is in motion.
+
+    rows: a text, or images (T, 7, w, 3) of one, gets a line of its own; in a list of texts each stands above a column;
+    a `Row`. All panels have one width. unit: as in `paint`; said with the title, its colours at the foot.
+    """
+    drawn = [row for row in rows if isinstance(row, Row)]
+    wide, left = drawn[0].images.shape[-2], 8 + max(words(row.label).shape[1] for row in drawn)
+    parts, y = [], 2  # images, and the places of their upper left corners
+    for row in (f"{title}, in {unit}" if unit else title, *rows):
+        if isinstance(row, list):
+            for k, text in enumerate(words(text)[:, :wide] for text in row):
+                parts.append((text, y + 2, left + k * (wide + 2) + (wide - text.shape[1]) // 2))
+            y += 13
+        elif isinstance(row, Row):
+            high, end = row.images.shape[-3], left + len(row.images) * (wide + 2)
+            parts.append((words(row.label), y + (high - 7) // 2, 2))
+            parts += [(image, y, left + k * (wide + 2)) for k, image in enumerate(row.images)]
+            if row.scale:
+                parts.append((PALETTE[np.linspace(255, 0, high).round().astype(int)][:, None].repeat(8, 1), y, end))
+                parts += [(words(f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"), at, end + 10)
+                          for value, at in zip(row.scale, (y + high - 7, y))]
+            y += high + 2
+        elif len(row):
+            parts.append((words(row) if isinstance(row, str) else row, y + 4, 2))
+            y += 15
+    no_data = any((row.images == NO_DATA).all(-1).any() for row in drawn)
+    x = 2
+    for colour, text in [(NO_DATA, "no data")] * no_data + RAIN_LEGEND * (unit == "mm/h"):
+        swatch = np.pad(np.full((9, 9, 3), colour, np.uint8), ((1, 1), (1, 1), (0, 0)))
+        parts += [(swatch, y + 6, x), (words(text), y + 8, x + 13)]
+        x += 21 + 6 * len(text)
+    size = [2 + max(place[axis] + image.shape[axis - 3] for image, *place in parts) for axis in (0, 1)]
+    canvas = np.full((*max((image.shape[:-3] for image, *_ in parts), key=len), *size, 3), 255, np.uint8)
+    for image, y, x in parts:
+        canvas[..., y:y + image.shape[-3], x:x + image.shape[-2], :] = image
+    return canvas
+
+
+def _against(truth, forecast, unit, scale):
+    """Rows of a forecast and of its |error|, both where the truth has data; of the forecast alone without a truth."""
+    if not len(truth):
+        return [panel_rows("forecast", forecast, unit, scale)]
+    forecast = forecast.where(~truth.isnan(), math.nan)
+    error = (forecast - truth).abs()
+    return panel_rows("forecast", forecast, unit, scale), panel_rows("|error|", error, unit, _range(error, [0.0]))
 
 
 def film_sheet(films, title="", unit=None):
-    """Films below each other: the frames read, what followed, and each forecast with its |error|, under their times.
-
-    unit: as in film_rows. What followed and the errors are left out where a film has no truth for them.
-    """
+    """Films below each other: the frames read, what followed, and each forecast with its |error|, under their times."""
     rows = []
     for caption, past, truth, forecasts in films:
         times = [f"t={t + 1}" for t in range(past + max(map(len, forecasts.values())))]
         followed, scale = truth[past:], _range(truth, *forecasts.values())
-        rows += [caption] * bool(caption) + [times[:past], *film_rows("input", truth[:past], unit, scale), times[past:]]
+        rows += [caption, times[:past], *panel_rows("input", truth[:past], unit, scale), times[past:]]
         if len(followed):
-            rows += film_rows("truth", followed, unit, scale)
+            rows += panel_rows("truth", followed, unit, scale)
         for label, forecast in forecasts.items():
-            rows += [label] * bool(label)
-            if not len(followed):
-                rows += film_rows("forecast", forecast, unit, scale)
-                continue
-            error = (forecast - followed).abs()
-            rows += film_rows("forecast", forecast.where(~followed.isnan(), math.nan), unit, scale)
-            rows += film_rows("|error|", error, unit, (0.0, _range(error)[1]))
-    return _film_sheet(films, rows, title, unit)
+            rows += [label, *chain(*_against(followed, forecast, unit, scale))]
+    return sheet(rows, title, unit)
 
 
 def film_animation(films, title="", unit=None):
-    """The same in motion, for `png`: truth, forecast and |error| of films of one length, one forecast each, beside each
-    other. Returns images (T, h, w, 3)."""
-    strips, sheets, length = [], [], len(films[0].truth)
+    """Films in motion, (T, h, w, 3): truth, forecast and |error| beside each other. All have one length and past, and
+    one forecast each."""
+    past, length = films[0].past, len(films[0].truth)
+    heads = [f"frame {t + 1} of {length}, {'read' if t < past else 'forecast'}" for t in range(length)]
+    rows = [np.stack([words(head.ljust(len(heads[-1]))) for head in heads]), ["truth", "forecast", "|error|"]]
     for film in films:
-        forecast = torch.cat([film.truth[:film.past] * math.nan, *film.forecasts.values()])
-        forecast = forecast.where(~film.truth.isnan(), math.nan)
-        error, scale = (forecast - film.truth).abs(), _range(film.truth, forecast)
-        strips.append([*zip(film_rows("", film.truth, unit, scale), film_rows("", forecast, unit, scale),
-                            film_rows("", error, unit, (0.0, _range(error)[1])))])
-    for t in range(length):
-        reads = t < films[0].past
-        rows = [f"frame {t + 1} of {length}, {'read' if reads else 'forecast'}", ["truth", "forecast", "|error|"]]
-        for film, channels in zip(films, strips):
-            rows.append(film.caption)
-            for trio in channels:
-                images, notes = np.stack([row.images[t] for row in trio]), [row.notes[t] for row in trio]
-                if reads:
-                    images[1:], notes[1:] = 230, ["reading", ""]
-                rows.append(trio[0]._replace(images=images, notes=notes))
-        sheets.append(_film_sheet(films, rows, title, unit))
-    return np.stack(sheets)
+        forecast = torch.cat([film.truth[:past] * math.nan, *film.forecasts.values()])
+        scale = _range(film.truth, forecast)
+        rows.append(film.caption)
+        for trio in zip(panel_rows("", film.truth, unit, scale), *_against(film.truth, forecast, unit, scale)):
+            images = np.stack([row.images for row in trio])  # (3, T, h, w, 3)
+            images[1:, :past] = 230
+            _stamp(images[1, :past], "reading")
+            rows.append(trio[0]._replace(images=images))
+    return sheet(rows, title, unit)
 
 
 def ranked(scores):
     """Sequences to show, by the MSE of their forecast: {"best": (number, MSE), "median": …, "worst": …}.
 
-    scores: frame_scores, (N, T) each. Different sequences, so fewer where there are fewer; none without data. Raises
-    ValueError where a forecast holds NaN, and where no sequence has data.
+    scores: frame_scores, (N, T) each. Different sequences with data, so fewer where there are fewer. Raises ValueError
+    where there is none, and where a forecast holds NaN.
     """
     counts = scores["pixels"] > 0
     if bad := (counts & scores["mse"].isnan()).any(1).nonzero().flatten().tolist():
@@ -760,40 +673,30 @@ def query_points(frame):
     return points
 
 
-COLUMNS = 10                        # of a sheet over a model's steps, at the most
-FEATURES = "mean of |x| over channels"
-
-
-def crossed(row, point, frames):
-    """A row with a pixel (y, x) of the frames (..., H, W) marked in all panels, by a white "+" that leaves it open."""
-    y, x = ((2 * p + 1) * new // (2 * old) for p, new, old in zip(point, row.images.shape[1:3], frames.shape[-2:]))
-    far = np.maximum(*(distance := np.abs(np.mgrid[-5:6, -5:6])))
-    images = np.pad(row.images, ((0, 0), (5, 5), (5, 5), (0, 0)))
-    spot = images[:, y:y + 11, x:x + 11]
-    spot[:, (distance.min(0) <= 1) & (far > 0)] = 0
-    spot[:, (distance.min(0) == 0) & (far > 0) & (far < 5)] = 255
-    return row._replace(images=images[:, 5:-5, 5:-5])
-
-
-def _reads(reads):
-    """The steps that are shown, evenly spread, and what was read there, under its time."""
-    steps = slice(0, len(reads), -(-len(reads) // COLUMNS))
-    return steps, [f"t={t + 1}" for t in range(len(reads))[steps]], film_rows("reads", reads[steps])
+def _steps(reads, maps, point=None):
+    """Rows of the frames (S, C, H, W) in [0, 1] that a model read, and of maps [(label, (S, h, w)), …] of what it held
+    after each: ten steps at most, evenly spread. point: a pixel (y, x) of the frames that a "+" marks."""
+    steps = slice(0, len(reads), -(-len(reads) // 10))
+    cross = point and [(p + 0.5) / side for p, side in zip(point, reads.shape[2:])]
+    rows = [[f"t={t + 1}" for t in range(len(reads))[steps]], *panel_rows("reads", reads[steps], cross=cross)]
+    for label, values in maps:
+        if not values.isfinite().all():
+            raise ValueError(f"{label}: NaN or infinity among the values to be drawn")
+        rows += panel_rows(label, values[steps, None], "", size=rows[1].images.shape[1:3], cross=cross)
+    return rows
 
 
 def layer_sheet(runs, title=""):
     """What models hold after each step: mean |x| over the channels of every layer, with one scale a row.
 
     runs: {label: (reads, extras)}; reads: the frames (S, C, H, W) in [0, 1] that a model read, step by step; extras:
-    {name: one tensor a layer}, of which those (1, S, C, h, w) are drawn, "layers" above all.
+    {name: one tensor a layer}, of which those (1, S, C, h, w) are drawn.
     """
     rows = [FEATURES]
     for label, (reads, extras) in runs.items():
-        steps, times, shown = _reads(reads)
-        rows += [label, times, *shown]
-        rows += [heat_row(f"layer {k + 1}" if name == "layers" else name, layer[0, steps].abs().mean(1),
-                          shown[0].images.shape[1:3])
-                 for name, layers in extras.items() for k, layer in enumerate(layers) if layer.ndim == 5]
+        rows += [label, *_steps(reads, [
+            (f"layer {k + 1}" if name == "layers" else name, layer[0].abs().mean(1))
+            for name, layers in extras.items() for k, layer in enumerate(layers) if layer.ndim == 5])]
     return sheet(rows, title)
 
 
@@ -804,15 +707,12 @@ def map_sheets(reads, extras, names, points, about="", title=""):
     Any other with six dimensions is (1, S, n, C, h, w); drawn is the mean of |x| over C. names: {name: n texts}.
     """
     sheets = {}
-    for name, layers in ((name, layers) for name, layers in extras.items() if layers[0].ndim == 6):
+    for name in (name for name, layers in extras.items() if layers[0].ndim == 6):
         for p, point in enumerate(points if name == "attention" else [None]):
-            steps, times, shown = _reads(reads)
-            maps = {k: layers[k][0, steps] for k in sorted({0, len(layers) - 1})}  # (steps, points or n, n or C, h, w)
-            maps = {k: x[:, p] if point else x.abs().mean(2) for k, x in maps.items()}
-            shown += [heat_row(f"layer {k + 1}: {text}", x[:, n], shown[0].images.shape[1:3]) for k, x in maps.items()
-                      for n, text in enumerate(names.get(name) or [f"{name} {n + 1}" for n in range(x.shape[1])])]
-            what = f"{name}: {FEATURES}"
-            if point:
-                shown, what = [crossed(row, point, reads) for row in shown], f"{name} of + (y={point[0]}, x={point[1]})"
-            sheets[f"{name}_{p + 1}" if point else name] = sheet([about, what, times, *shown], title)
+            maps, what = [], f"{name} of + (y={point[0]}, x={point[1]})" if point else f"{name}: {FEATURES}"
+            for k in sorted({0, len(extras[name]) - 1}):
+                x = extras[name][k][0]
+                x = x[:, p] if point else x.abs().mean(2)  # (S, n, h, w)
+                maps += [(f"layer {k + 1}: {text}", x[:, n]) for n, text in enumerate(names[name])]
+            sheets[f"{name}_{p + 1}" if point else name] = sheet([about, what, *_steps(reads, maps, point)], title)
     return sheets

@@ -1136,8 +1136,8 @@ class Figures:
             films.append(metrics.Film(caption, past, truth, {"": forecast}))
         loss = [(int(row[0]), float(row[1])) for row in read_log(self.folder / "log.csv")]
         loss, mse = ([point for point in points if point[0] <= self.iteration] for points in (loss, self.validation))
-        training = {"training": (f"{self.config['loss']} loss (sum over a frame)", loss),
-                    "validation": ("MSE of the forecast (sum over a frame)", mse)}
+        training = [("training", f"{self.config['loss']} loss (sum over a frame)", "iteration", {"training": loss}),
+                    ("validation", "MSE of the forecast (sum over a frame)", "iteration", {"validation": mse})]
         points = metrics.query_points(clips.test(median, median + 1)[0, past - 1].nan_to_num(0.0))
         _, _, reads, extras = self.forecast(median, points)
         about = f"test sequence {median}; up to t={past} true frames are read, then its own forecasts; a scale a row"
@@ -1147,7 +1147,7 @@ class Figures:
                    "layers": metrics.layer_sheet({about: (reads, extras)}, self.label)}
         return {f"{name}.png": metrics.png(image) for name, image in images.items()} | {
             "curves.svg": score_curves({self.label: self}),
-            "training.svg": metrics.training_curves(training, self.label).encode()}, median
+            "training.svg": metrics.curves_svg(training, self.label, log=True).encode()}, median
 
 
 def score_curves(runs):

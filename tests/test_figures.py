@@ -83,7 +83,7 @@ def says(image, text):
 
 def grey(frame):
     """A frame (H, W) in [0, 1] as it is drawn."""
-    return metrics.paint(np.asarray(frame), (0, 1), metrics.GREY)
+    return metrics.paint(np.asarray(frame))
 
 
 def curves(path):
@@ -155,7 +155,7 @@ def test_a_film_sheet_shows_its_films_under_their_times(unit):
             picture = metrics.RAIN_COLOURS[(big[..., None] >= np.float32(metrics.RAIN_CLASSES)).sum(-1)]
             picture[np.isnan(big)] = metrics.NO_DATA
             return picture
-        return metrics.paint(big, scale) if unit else metrics.paint(big, (0, 1), metrics.GREY)
+        return metrics.paint(big, unit, scale)
 
     assert len(says(image, f"title, in {unit}" if unit else "title")) == len(says(image, "the caption")) == 1
     assert len(says(image, "no data")) == 1
@@ -201,37 +201,40 @@ def test_the_palette_rises_evenly_in_lightness_and_stays_readable_to_the_colour_
 
 
 def test_values_are_painted_in_colours():
-    shown = metrics.paint(np.array([[0.0, 1.0, 2.0, 3.0, -9.0, 9.0, math.nan]]), (0, 3))
+    shown = metrics.paint(np.array([[0.0, 1.0, 2.0, 3.0, -9.0, 9.0, math.nan]]), "K", (0, 3))
     assert (shown[0, :6] == metrics.PALETTE[[0, 85, 170, 255, 0, 255]]).all() and (shown[0, 6] == metrics.NO_DATA).all()
-    assert (metrics.paint(np.full((2, 2), 5.0), (5, 5)) == metrics.PALETTE[0]).all()
+    assert (metrics.paint(np.full((2, 2), 5.0), "K", (5, 5)) == metrics.PALETTE[0]).all()
     assert not (metrics.PALETTE == metrics.NO_DATA).all(1).any() and not (metrics.GREY == metrics.NO_DATA).all(1).any()
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="layer 1: NaN or infinity"):
-            metrics.heat_row("layer 1", torch.tensor([[[0.0, bad]]]), (2, 2))
+            metrics.layer_sheet({"a run": (torch.rand(1, 1, 8, 8), {"layers": [torch.full((1, 1, 2, 4, 4), bad)]})})
 
 
 def test_a_heat_row_has_one_scale_and_says_which_panels_are_constant():
-    values = torch.rand(3, 4, 4)
+    values = torch.rand(3, 1, 4, 4)
     values[1] = 0.1 + 1e-9
-    row = metrics.heat_row("x", values, (8, 12))
-    assert row.images.shape == (3, 8, 12, 3) and row.notes == ["", "constant", ""]
+    row, = metrics.panel_rows("x", values, "", size=(32, 96))
+    assert row.label == "x" and row.images.shape == (3, 32, 96, 3)
     assert row.scale == (values.min().item(), values.max().item())
-    assert (row.images[:, ::2, ::3] == metrics.paint(values.numpy(), row.scale)).all()
-    assert (row.images[:, 1::2, 2::3] == row.images[:, ::2, ::3]).all()      # magnified, not smoothed
+    low, constant, high = row.images
+    for image, value in ((low, values[0, 0]), (high, values[2, 0])):         # magnified, not smoothed
+        assert (image == metrics.paint(value.numpy(), "", row.scale).repeat(8, 0).repeat(24, 1)).all()
+    assert len(says(constant, "constant")) == 1
+    assert (constant[0, 0] == metrics.paint(values[1, 0, 0, :1].numpy(), "", row.scale)).all()
 
 
 def test_rain_is_drawn_in_classes():
     rain = torch.tensor([0, 0.0999, 0.1, 0.4999, 0.5, 1, 2, 4.999, 5, 10, 99]).float().view(1, 1, 1, -1)
     rain = rain.repeat(1, 1, 11, 1)
     rain[..., 0, 0] = math.nan
-    row, = metrics.film_rows("rain", rain, "mm/h")
+    row, = metrics.panel_rows("rain", rain, "mm/h")
     assert row.scale is None and row.images.shape == (1, 55, 55, 3)
     assert (row.images[0, 7, 2::5] == metrics.RAIN_COLOURS[[0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 6]]).all()
     assert (row.images[0, :5, :5] == metrics.NO_DATA).all()
     assert [text for _, text in metrics.RAIN_LEGEND] == [
         "< 0.1 mm/h", "0.1 - 0.5", "0.5 - 1", "1 - 2", "2 - 5", "5 - 10", ">= 10 mm/h"]
-    image = metrics.sheet([row], "a title", metrics.RAIN_LEGEND)
-    for colour, text in metrics.RAIN_LEGEND:
+    image = metrics.sheet([row], "a title", "mm/h")
+    for colour, text in [(metrics.NO_DATA, "no data"), *metrics.RAIN_LEGEND]:
         (y, x), = says(image, text)
         assert (image[y, x - 6] == colour).all()
 
@@ -239,7 +242,8 @@ def test_rain_is_drawn_in_classes():
 def test_a_sheet_puts_its_rows_below_each_other():
     frames = torch.rand(2, 1, 64, 80)
     frames[1] = 0.5
-    rows = metrics.film_rows("film", frames) + [metrics.heat_row("map", torch.arange(128).view(2, 8, 8), (64, 80))]
+    maps = torch.arange(128).view(2, 1, 8, 8)
+    rows = metrics.panel_rows("film", frames) + metrics.panel_rows("map", maps, "", size=(64, 80))
     image = metrics.sheet(["a line", ["first", "second", "third"], *rows], "title")
     film, second = places(image, grey(frames[0, 0])), says(image, "second")
     assert len(film) == len(second) == len(says(image, "a line")) == len(says(image, "title")) == 1
@@ -252,10 +256,11 @@ def test_a_sheet_puts_its_rows_below_each_other():
 
 
 def test_a_cross_marks_a_pixel_and_leaves_it_open():
-    row = metrics.Row("a label", np.full((2, 20, 20, 3), 77, np.uint8))
-    images = metrics.crossed(row, (0, 5), np.zeros((3, 10, 10))).images[:, 1:, 1:]       # a pixel is two by two here
-    assert (images[:, 0, 10] == 77).all() and (images[:, 0, [8, 12]] == 255).all() and (images[:, 3, 10] == 255).all()
-    assert (images[:, 1, 9] == 0).all() and (images[:, 12:] == 77).all() and images.shape == (2, 19, 19, 3)
+    values = np.random.default_rng(0).random((2, 1, 10, 10)) / 2 + 0.2       # neither black nor white
+    (plain,), (marked,) = (metrics.panel_rows("", values, size=(20, 20), cross=at) for at in (None, (0.05, 0.55)))
+    images, rest = marked.images[:, 1:, 1:], plain.images[:, 1:, 1:]         # a pixel is two by two here
+    assert (images[:, 0, 10] == rest[:, 0, 10]).all() and (images[:, 12:] == rest[:, 12:]).all()
+    assert (images[:, 0, [8, 12]] == 255).all() and (images[:, 3, 10] == 255).all() and (images[:, 1, 9] == 0).all()
 
 
 def scored(mse, pixels=None):
@@ -403,12 +408,12 @@ def test_attention_is_drawn_where_the_model_looks():
                 panel = image[y:y + 64, x + 66 * t:x + 66 * t + 64]
                 if name == "Z_m" and t == 0:                      # the memory is empty at first
                     assert says(panel, "constant")
-                    assert (panel[0, 0] == metrics.paint(maps[0, 0, 0].numpy(), ends)).all()
+                    assert (panel[0, 0] == metrics.paint(maps[0, 0, 0].numpy(), "", ends)).all()
                     continue
                 assert not says(panel, "constant")
                 right = np.ones((64, 64), bool)
                 right[max(point[0] - 6, 0):point[0] + 7, max(point[1] - 6, 0):point[1] + 7] = False      # the mark
-                expected = metrics.paint(metrics.fit(maps[t].numpy(), (64, 64)), ends)
+                expected = metrics.paint(maps[t].numpy().repeat(4, 0).repeat(4, 1), "", ends)
                 assert (panel == expected)[right].mean() > 0.99
                 assert (panel[point[0] + 2, point[1]] == 255).all() and not (panel[point] == 255).all()
 
@@ -481,7 +486,7 @@ def test_units_get_rain_classes_or_a_scale(monkeypatch, unit, channels):
             colours[..., :4, :4, :] = metrics.NO_DATA
         else:
             everything = torch.cat([film, predictions[k, -3:].clamp(0, 1) * 20])
-            colours = metrics.paint(film.numpy(), (everything.min().item(), everything.max().item()))
+            colours = metrics.paint(film.numpy(), unit, (everything.min().item(), everything.max().item()))
         for t in range(6):
             for c in range(channels):
                 (_, x), = places(image, colours[t, c].repeat(2, 0).repeat(2, 1))

@@ -499,7 +499,7 @@ def test_table_says_units_precision_what_is_left_out_and_how_to_read_it():
     assert max(map(len, text.splitlines())) <= 100
     plain = metrics.table(results, precision="bf16")
     assert "bf16" not in plain and "RMSE, own unit" in plain
-    for side in results.values():                                 # two channels: pooled, the larger would hide the other
+    for side in results.values():  # of two channels, pooled, the larger would hide the other
         side |= dict.fromkeys(("rmse_1", "mae_units_1", "rmse_2", "mae_units_2"), entry)
     text = metrics.table(results, unit="K")
     heads = [block.splitlines()[1].split()[1:7] for block in text.split("\n\n")[1:3]]
@@ -525,7 +525,7 @@ def test_table_of_a_real_evaluation_stays_narrow():
 def one_panel(curves, title, xlabel, ylabel, log=False):
     curves = {label: [*zip(*curve)] if isinstance(curve, tuple) else [*enumerate(curve, 1)]
               for label, curve in curves.items()}
-    return metrics.curve_panels_svg([(title, ylabel, xlabel, curves)], log=log)
+    return metrics.curves_svg([(title, ylabel, xlabel, curves)], log=log)
 
 
 def curves_in(svg):
@@ -602,8 +602,9 @@ def test_what_cannot_be_shown_is_refused(value):
 def test_training_curves_have_a_logarithmic_axis_where_the_values_allow_one():
     points = [(10, 1000.0), (20, 10.0), (30, 1.0)]
     for last, log in ((0.1, True), (0.0, False)):
-        curves = {"training": ("L1 loss", [*points, (40, last)]), "validation": ("MSE", [])}
-        svg = metrics.training_curves(curves, "a run")
+        panels = [("training", "L1 loss", "iteration", {"training": [*points, (40, last)]}),
+                  ("validation", "MSE", "iteration", {"validation": []})]
+        svg = metrics.curves_svg(panels, "a run", log=True)
         (xs, values, places), = curves_in(svg)["training"]
         assert xs == [10, 20, 30, 40] and values == [1000, 10, 1, last]
         steps = np.diff([y for _, y in places])
