@@ -5,7 +5,7 @@
     summary |= unit_summary(unit_errors(pred_mm, truth_mm, mask))                                   # {"rmse": …, …}
     print(table({"forecast": summary}, unit="mm/h"))
     svg = score_curves({"ConvLSTM": summary}, unit="mm/h")
-    picture = png(film_sheet([Film("", 10, frames, {"": forecast})]))   # layer_sheet, map_sheets: what models hold
+    picture = png(film_sheet([Film("", 10, frames, {"": forecast})]))   # model_sheets: what a model holds
 
 Frames (B, T, C, H, W) are scored where they lie (CPU or CUDA), in float64, and the device is waited for only when a
 summary is made. Scores of several batches are joined; event counts and errors in units are added up. What has no data
@@ -24,21 +24,16 @@ from itertools import chain, cycle, groupby
 import numpy as np
 import torch
 
-# metric: its name in a table, its name and unit on an axis; {0}: which threshold, or channel of several; {1}: the unit
-NAMES = {
-    "mse": ("MSE", "MSE (sum over a frame)"), "mae": ("MAE", "MAE (sum over a frame)"),
-    "psnr": ("PSNR", "PSNR (dB)"), "ssim": ("SSIM", "SSIM (1 = identical)"),
-    "psnr_float": ("PSNR*", "PSNR on floats (dB)"), "ssim_gaussian": ("SSIM*", "SSIM, Gaussian window (1 = identical)"),
-    "rmse": ("RMSE{0}, {1}", "RMSE{0} ({1})"), "mae_units": ("MAE{0}, {1}", "MAE{0} ({1})"),
-    "csi": ("CSI{0}", "CSI at{0} {1}"), "hss": ("HSS{0}", "HSS at{0} {1}"),
-}
+NAMES = {  # {0}: which threshold, or channel of several; {1}: the data's unit
+    "mse": "MSE (sum over a frame)", "mae": "MAE (sum over a frame)", "psnr": "PSNR (dB)",
+    "ssim": "SSIM (1 = identical)", "psnr_float": "PSNR* (dB)", "ssim_gaussian": "SSIM* (1 = identical)",
+    "rmse": "RMSE{0} ({1})", "mae_units": "MAE{0} ({1})", "csi": "CSI{0} ({1})", "hss": "HSS{0} ({1})"}
 
 
 def name_of(metric, unit=None):
-    """The name of a metric, such as "mse", "csi_0.5" or "rmse_2", in a table, and with its unit on an axis."""
+    """The name of a metric, such as "mse", "csi_0.5" or "rmse_2", with its unit."""
     kind, which = (metric, "") if metric in NAMES else metric.rsplit("_", 1)
-    unit = unit or ("" if kind in ("csi", "hss") else "own unit")
-    return [name.format(which and f" {which}", unit).strip() for name in NAMES[kind]]
+    return NAMES[kind].format(which and f" {which}", unit or "own unit")
 
 
 # ---- Scores of frames ------------------------------------------------------------------------------------------------
@@ -77,8 +72,7 @@ def frame_scores(pred, truth, mask=None):
     _check(pred, truth, mask, floating=True)
     # Few frames at a time: on a GPU some gigabytes of intermediates; on the CPU what stays in the cache and below the
     # 2^15 values from which torch splits an operation over threads, which costs more than it gains when they are busy.
-    pixels = 2**25 if truth.is_cuda else 2**15 - 1
-    frames = max(1, pixels // truth[0, 0].numel())
+    frames = max(1, (2**25 if truth.is_cuda else 2**15 - 1) // truth[0, 0].numel())
     chunks = (x.flatten(0, 1).split(frames) for x in (pred, truth, mask) if x is not None)
     parts = [_chunk_scores(*chunk) for chunk in zip(*chunks)]
     return {name: torch.cat([part[name] for part in parts]).view(truth.shape[:2]) for name in parts[0]}
@@ -315,7 +309,7 @@ def _block(results, published, metrics, unit):
             cells += ["–" if v is None else f"{v:.{digits[m]}f}" for m, v in zip(metrics, values)]
         return cells
 
-    names = [name_of(m, unit)[0] for m in metrics]
+    names = [name_of(m).partition(" (")[0] for m in metrics]
     rows = [["frame", *names] + ["|", *names] * (len(sides) - 1)]
     rows += [row(str(k + 1), *sides, frame=k) for k in range(length)] + [row("mean", *sides)]
     for name in ("all_predictions", "black", "first_channel"):
@@ -330,9 +324,10 @@ def _block(results, published, metrics, unit):
 
     widths = [2 * (k > 0) + max(len(row[k]) for row in rows if k < len(row)) for k in range(len(rows[0]))]
     head, *lines = (row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:])) for row in rows)
-    title = "forecast".rjust(sum(widths[:bar]))
+    title = f"in {unit or 'own unit'}" if metrics[0].startswith("rmse") else ""
+    title += "forecast".rjust(sum(widths[:bar]) - len(title))
     if len(sides) > 1:
-        title += "  |" + "repeated last frame".rjust(sum(widths[bar + 1:]))
+        title += "  |" + " repeated last frame".rjust(sum(widths[bar + 1:]))
     dashes = "-" * len(head)
     return "\n".join([title, head, dashes, *lines[:length], dashes, *lines[length:]])
 
@@ -351,7 +346,7 @@ def score_curves(summaries, title="", unit=None):
     """Frame-wise scores of several forecasts, {label: summary}, as SVG: of frames, and what the unit adds."""
     shown = [m for m in next(iter(summaries.values())) if m.startswith(("csi_", "hss_"))
              or m in ("mse", "mae", "psnr", "ssim", "rmse", "mae_units")]
-    return curves_svg([(*name_of(m, unit), "forecast frame", {
+    return curves_svg([(name_of(m, unit), "forecast frame", {
         label: [*enumerate(summary[m]["frames"], 1)] for label, summary in summaries.items() if m in summary})
         for m in shown], title)
 
@@ -359,9 +354,9 @@ def score_curves(summaries, title="", unit=None):
 def curves_svg(panels, title="", log=False):
     """Panels of curves with axes, ticks and one legend, two beside each other, as the text of an SVG file.
 
-    panels: (title, name of the y axis with its unit, name of the x axis, {label: [(x, y), …]}). A label looks the same
-    in every panel. A y of None is a gap. log: with logarithmic y axes, where all values allow them. Every unbroken
-    piece is a <polyline> with its numbers in full as data-x, data-values. Raises ValueError for NaN and infinity.
+    panels: (name with unit, name of the x axis, {label: [(x, y), …]}). A label looks the same in every panel. A y of
+    None is a gap. log: with logarithmic y axes, where all values allow them. Every unbroken piece is a <polyline> with
+    its numbers in full as data-x, data-values. Raises ValueError for NaN and infinity.
     """
     labels = dict.fromkeys(label for *_, curves in panels for label in curves)
     styles = {label: (f'stroke="{colour}" stroke-width="1.8" stroke-dasharray="{dash}"',
@@ -384,18 +379,18 @@ def curves_svg(panels, title="", log=False):
             f'<rect width="{width}" height="{y + 16}" fill="white"/>\n' + "\n".join(body) + "\n</svg>\n")
 
 
-def _panel(title, ylabel, xlabel, curves, log, styles, x0, y0):
+def _panel(name, xlabel, curves, log, styles, x0, y0):
     """One panel as an SVG group whose upper left corner is at (x0, y0)."""
     pieces = [(label, [*piece]) for label, curve in curves.items()
               for gap, piece in groupby(curve, lambda point: point[1] is None) if not gap]
     xs, ys = ([point[axis] for _, piece in pieces for point in piece] for axis in (0, 1))
     if not all(map(math.isfinite, xs + ys)):
-        raise ValueError(f"{title}: a curve cannot show NaN or infinity")
+        raise ValueError(f"{name}: a curve cannot show NaN or infinity")
     left, top, right, bottom = 64, 34, 384, 214  # of the axes
-    across, down = (left + right) / 2, (top + bottom) / 2
+    middle = (left + right) / 2
     (x_ticks, x_of), (y_ticks, y_of) = _axis(xs, left, right), _axis(ys, bottom, top, log and all(y > 0 for y in ys))
-    out = [f'<g transform="translate({x0},{y0})">', _text(across, top - 12, title, size=13),
-           _text(across, bottom + 34, xlabel), _text(14, down, ylabel, turn=-90)]
+    out = [f'<g transform="translate({x0},{y0})">', _text(middle, top - 12, name, size=13),
+           _text(middle, bottom + 34, xlabel)]
     out += [f'<path d="M{left},{y_of(tick):.2f}H{right}" stroke="#ddd"/>'
             + _text(left - 6, y_of(tick) + 4, f"{tick:g}", "end") for tick in y_ticks]
     out += [f'<path d="M{x_of(tick):.2f},{bottom}v4" stroke="black"/>' + _text(x_of(tick), bottom + 17, f"{tick:g}")
@@ -409,7 +404,7 @@ def _panel(title, ylabel, xlabel, curves, log, styles, x0, y0):
                    f'data-x="{data_x}" data-values="{values}"/>')
         out += map(marker.format, points[::math.ceil(len(points) / 20)])
     if not pieces:
-        out.append(_text(across, down, "no values"))
+        out.append(_text(middle, (top + bottom) / 2, "no values"))
     return "\n".join([*out, "</g>"])
 
 
@@ -439,20 +434,19 @@ def _safe(text):
     return escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
-def _text(x, y, text, anchor="middle", size=11, turn=0):
-    rotate = f' transform="rotate({turn} {x:.2f} {y:.2f})"' if turn else ""
-    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}"{rotate}>{_safe(text)}</text>'
+def _text(x, y, text, anchor="middle", size=11):
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}">{_safe(text)}</text>'
 
 
 # ---- Pictures: images are uint8 (H, W, 3) ----------------------------------------------------------------------------
 
 def png(images, delay_ms=300):
     """A PNG file of an image, uint8 (H, W, 3), or of images (T, H, W, 3) an animated one that loops for ever."""
-    frames, chunks = images if images.ndim == 4 else images[None], []
+    frames = images if images.ndim == 4 else images[None]
     if (frames == frames[..., :1]).all():
         frames = frames[..., :1]
     count, height, width, colours = frames.shape
-    chunks.append((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colours - 1, 0, 0, 0)))  # type 0: grey, 2: RGB
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colours - 1, 0, 0, 0))]  # type 0: grey, 2: RGB
     if images.ndim == 4:
         chunks.append((b"acTL", struct.pack(">II", count, 0)))
     for t, frame in enumerate(frames):
@@ -501,7 +495,6 @@ NO_DATA = (150, 160, 170)                                         # a grey that 
 RAIN_CLASSES = (0.1, 0.5, 1, 2, 5, 10)                            # mm/h, the lower bounds of all classes but the first
 RAIN_COLOURS = np.concatenate([[[255, 255, 255]], PALETTE[[247, 198, 149, 99, 50, 0]]]).astype(np.uint8)
 RAIN_LEGEND = [*zip(RAIN_COLOURS, ("< 0.1 mm/h", "0.1 - 0.5", "0.5 - 1", "1 - 2", "2 - 5", "5 - 10", ">= 10 mm/h"))]
-FEATURES = "mean of |x| over channels"
 
 # A row of a sheet: panels of one size, uint8 (n, h, w, 3), or (n, T, h, w, 3) in motion, their label to the left and,
 # to the right, the palette with its scale (low, high), if any.
@@ -569,11 +562,12 @@ def panel_rows(label, values, unit=None, scale=None, size=None, cross=None):
 def sheet(rows, title="", unit=None):
     """Rows below each other on white: an image, or images (T, h, w, 3) where one is in motion.
 
-    rows: a text, or images (T, 7, w, 3) of one, gets a line of its own; in a list of texts each stands above a column;
-    a `Row`. All panels have one width. unit: as in `paint`; said with the title, its colours at the foot.
+    rows: a text or an image, on a line of its own; a list of texts, each above a column; a `Row`. All panels have one
+    width. unit: as in `paint`; said with the title, its colours at the foot.
     """
     drawn = [row for row in rows if isinstance(row, Row)]
-    wide, left = drawn[0].images.shape[-2], 8 + max(words(row.label).shape[1] for row in drawn)
+    wide = max((row.images.shape[-2] for row in drawn), default=0)
+    left = 8 + max((words(row.label).shape[1] for row in drawn), default=0)
     parts, y = [], 2  # images, and the places of their upper left corners
     for row in (f"{title}, in {unit}" if unit else title, *rows):
         if isinstance(row, list):
@@ -590,8 +584,9 @@ def sheet(rows, title="", unit=None):
                           for value, at in zip(row.scale, (y + high - 7, y))]
             y += high + 2
         elif len(row):
-            parts.append((words(row) if isinstance(row, str) else row, y + 4, 2))
-            y += 15
+            image = words(row) if isinstance(row, str) else row
+            parts.append((image, y + 4, 2))
+            y += 8 + image.shape[-3]
     no_data = any((row.images == NO_DATA).all(-1).any() for row in drawn)
     x = 2
     for colour, text in [(NO_DATA, "no data")] * no_data + RAIN_LEGEND * (unit == "mm/h"):
@@ -673,46 +668,35 @@ def query_points(frame):
     return points
 
 
-def _steps(reads, maps, point=None):
-    """Rows of the frames (S, C, H, W) in [0, 1] that a model read, and of maps [(label, (S, h, w)), …] of what it held
-    after each: ten steps at most, evenly spread. point: a pixel (y, x) of the frames that a "+" marks."""
-    steps = slice(0, len(reads), -(-len(reads) // 10))
-    cross = point and [(p + 0.5) / side for p, side in zip(point, reads.shape[2:])]
-    rows = [[f"t={t + 1}" for t in range(len(reads))[steps]], *panel_rows("reads", reads[steps], cross=cross)]
-    for label, values in maps:
-        if not values.isfinite().all():
-            raise ValueError(f"{label}: NaN or infinity among the values to be drawn")
-        rows += panel_rows(label, values[steps, None], "", size=rows[1].images.shape[1:3], cross=cross)
-    return rows
+def model_sheets(reads, extras, names, points=(), about="", title=""):
+    """What a model holds after each step, ten of them at most, evenly spread, with one scale a row: {name: image}.
 
-
-def layer_sheet(runs, title=""):
-    """What models hold after each step: mean |x| over the channels of every layer, with one scale a row.
-
-    runs: {label: (reads, extras)}; reads: the frames (S, C, H, W) in [0, 1] that a model read, step by step; extras:
-    {name: one tensor a layer}, of which those (1, S, C, h, w) are drawn.
+    reads: the frames (S, C, H, W) in [0, 1] that it read; extras: {name: [one tensor a layer]}. "layers" are all that
+    are (1, S, C, h, w), as the mean of |x| over C. Each of `names`, {name: n texts}, is a sheet of n maps of the first
+    and the last layer: (1, S, n, C, h, w), likewise, or, "attention", (1, S, points, n, h, w), a sheet for each point
+    (y, x) of the frames. about: a line for all. Raises ValueError for NaN and infinity.
     """
-    rows = [FEATURES]
-    for label, (reads, extras) in runs.items():
-        rows += [label, *_steps(reads, [
-            (f"layer {k + 1}" if name == "layers" else name, layer[0].abs().mean(1))
-            for name, layers in extras.items() for k, layer in enumerate(layers) if layer.ndim == 5])]
-    return sheet(rows, title)
-
-
-def map_sheets(reads, extras, names, points, about="", title=""):
-    """Attention and weight maps of the first and the last layer, a sheet for each name and query point: {name: image}.
-
-    reads, extras: as in layer_sheet. "attention" is (1, S, points, n, h, w): n maps of what each point (y, x) looks at.
-    Any other with six dimensions is (1, S, n, C, h, w); drawn is the mean of |x| over C. names: {name: n texts}.
-    """
-    sheets = {}
-    for name in (name for name, layers in extras.items() if layers[0].ndim == 6):
+    mean = "mean of |x| over channels"
+    found = {"layers": (mean, None, [
+        (f"layer {k + 1}" if name == "layers" else name, layer[0].abs().mean(1))
+        for name, layers in extras.items() for k, layer in enumerate(layers) if layer.ndim == 5])}
+    for name in (name for name in names if name in extras):
         for p, point in enumerate(points if name == "attention" else [None]):
-            maps, what = [], f"{name} of + (y={point[0]}, x={point[1]})" if point else f"{name}: {FEATURES}"
+            maps = []
             for k in sorted({0, len(extras[name]) - 1}):
                 x = extras[name][k][0]
                 x = x[:, p] if point else x.abs().mean(2)  # (S, n, h, w)
                 maps += [(f"layer {k + 1}: {text}", x[:, n]) for n, text in enumerate(names[name])]
-            sheets[f"{name}_{p + 1}" if point else name] = sheet([about, what, *_steps(reads, maps, point)], title)
+            found[f"{name}_{p + 1}" if point else name] = (
+                f"{name} of + (y={point[0]}, x={point[1]})" if point else f"{name}: {mean}", point, maps)
+    sheets, steps = {}, slice(0, len(reads), -(-len(reads) // 10))
+    times = [f"t={t + 1}" for t in range(len(reads))[steps]]
+    for name, (what, point, maps) in found.items():
+        cross = point and [(p + 0.5) / side for p, side in zip(point, reads.shape[2:])]
+        rows = panel_rows("reads", reads[steps], cross=cross)
+        for label, values in maps:
+            if not values.isfinite().all():
+                raise ValueError(f"{label}: NaN or infinity among the values to be drawn")
+            rows += panel_rows(label, values[steps, None], "", size=rows[0].images.shape[1:3], cross=cross)
+        sheets[name] = sheet([about, what, times, *rows], title)
     return sheets

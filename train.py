@@ -1136,15 +1136,14 @@ class Figures:
             films.append(metrics.Film(caption, past, truth, {"": forecast}))
         loss = [(int(row[0]), float(row[1])) for row in read_log(self.folder / "log.csv")]
         loss, mse = ([point for point in points if point[0] <= self.iteration] for points in (loss, self.validation))
-        training = [("training", f"{self.config['loss']} loss (sum over a frame)", "iteration", {"training": loss}),
-                    ("validation", "MSE of the forecast (sum over a frame)", "iteration", {"validation": mse})]
+        training = [(f"{self.config['loss']} loss (sum over a frame)", "iteration", {"training": loss}),
+                    ("MSE of the forecast (sum over a frame)", "iteration", {"validation": mse})]
         points = metrics.query_points(clips.test(median, median + 1)[0, past - 1].nan_to_num(0.0))
         _, _, reads, extras = self.forecast(median, points)
         about = f"test sequence {median}; up to t={past} true frames are read, then its own forecasts; a scale a row"
-        images = metrics.map_sheets(reads, extras, getattr(self.model, "map_names", {}), points, about, self.label)
+        images = metrics.model_sheets(reads, extras, getattr(self.model, "map_names", {}), points, about, self.label)
         images |= {"films": metrics.film_sheet(films, self.label, clips.unit),
-                   "films_animated": metrics.film_animation(films, self.label, clips.unit),
-                   "layers": metrics.layer_sheet({about: (reads, extras)}, self.label)}
+                   "films_animated": metrics.film_animation(films, self.label, clips.unit)}
         return {f"{name}.png": metrics.png(image) for name, image in images.items()} | {
             "curves.svg": score_curves({self.label: self}),
             "training.svg": metrics.curves_svg(training, self.label, log=True).encode()}, median
@@ -1163,8 +1162,8 @@ def compare(runs, number):
     clips, found = next(iter(runs.values())).clips, {label: run.forecast(number, True) for label, run in runs.items()}
     truth, title = next(iter(found.values()))[0], f"{clips.name}, test sequence {number}"
     film = metrics.Film("", clips.frames_in, truth, {label: one[1] for label, one in found.items()})
-    layers = metrics.layer_sheet({label: one[2:] for label, one in found.items()}, title)
-    return {"comparison.svg": score_curves(runs), "comparison_layers.png": metrics.png(layers),
+    layers = [metrics.model_sheets(*one[2:], {}, about=label)["layers"] for label, one in found.items()]
+    return {"comparison.svg": score_curves(runs), "comparison_layers.png": metrics.png(metrics.sheet(layers, title)),
             "comparison.png": metrics.png(metrics.film_sheet([film], title, clips.unit))}
 
 

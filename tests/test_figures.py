@@ -207,7 +207,7 @@ def test_values_are_painted_in_colours():
     assert not (metrics.PALETTE == metrics.NO_DATA).all(1).any() and not (metrics.GREY == metrics.NO_DATA).all(1).any()
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="layer 1: NaN or infinity"):
-            metrics.layer_sheet({"a run": (torch.rand(1, 1, 8, 8), {"layers": [torch.full((1, 1, 2, 4, 4), bad)]})})
+            metrics.model_sheets(torch.rand(1, 1, 8, 8), {"layers": [torch.full((1, 1, 2, 4, 4), bad)]}, {})
 
 
 def test_a_heat_row_has_one_scale_and_says_which_panels_are_constant():
@@ -378,13 +378,13 @@ def test_the_curves_are_the_results_and_the_log():
     expected = {}
     for metric in ("mse", "mae", "psnr", "ssim"):
         for curve, name in ((label, "forecast"), ("last frame repeated", "repeat_last")):
-            expected[metrics.NAMES[metric][0], curve] = [[1, 2, 3], results[name][metric]["frames"]]
+            expected[metrics.NAMES[metric], curve] = [[1, 2, 3], results[name][metric]["frames"]]
     assert curves(folder / "figures" / "curves.svg") == expected
     log = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()[1:]]
     assert len(log) == 3 and [k for k, _ in results["validation"]] == [8, 16, 23]
     assert curves(folder / "figures" / "training.svg") == {
-        ("training", "training"): [[float(row[0]) for row in log], [float(row[1]) for row in log]],
-        ("validation", "validation"): [list(map(float, column)) for column in zip(*results["validation"])]}
+        ("l2 loss (sum over a frame)", "training"): [[float(row[0]) for row in log], [float(row[1]) for row in log]],
+        ("MSE of the forecast (sum over a frame)", "validation"): [list(map(float, column)) for column in zip(*results["validation"])]}
 
 
 def test_attention_is_drawn_where_the_model_looks():
@@ -440,11 +440,11 @@ def test_several_runs_side_by_side(capsys):
     assert {path.name for path in (two / "figures").iterdir()} - ALWAYS == {"weights.png"}
     labels = [f"{model} full patch4, moving_digits, iteration 1" for model in ("convlstm", "moderrnn")]
     found = curves(one / "figures" / "comparison.svg")
-    assert set(found) == {(panel, label) for panel in ("MSE", "MAE", "PSNR", "SSIM")
+    assert set(found) == {(metrics.NAMES[metric], label) for metric in ("mse", "mae", "psnr", "ssim")
                           for label in (*labels, "last frame repeated")}
     for folder, label in zip((one, two), labels):
         results = json.loads((folder / "results.json").read_text())
-        assert found["MSE", label][1] == results["forecast"]["mse"]["frames"]
+        assert found["MSE (sum over a frame)", label][1] == results["forecast"]["mse"]["frames"]
     for name in ("comparison.png", "comparison_layers.png"):
         image = decoded(one / "figures" / name)
         (y, _), (z, _), = *says(image, labels[0]), *says(image, labels[1])
@@ -492,11 +492,11 @@ def test_units_get_rain_classes_or_a_scale(monkeypatch, unit, channels):
                 (_, x), = places(image, colours[t, c].repeat(2, 0).repeat(2, 1))
                 assert x == 2 + (8 if channels == 1 else 12) * 6 + 4 + 2 + 66 * (t % 3)
     found = curves(folder / "figures" / "curves.svg")
-    assert ({panel for panel, _ in found} > {"CSI 0.5", "HSS 5"}) == (unit == "mm/h")
+    assert ({panel for panel, _ in found} > {"CSI 0.5 (mm/h)", "HSS 5 (mm/h)"}) == (unit == "mm/h")
     if unit == "mm/h":
         results = json.loads((folder / "results-3-sequences.json").read_text())
         assert all(math.isfinite(mse) for _, mse in results["validation"])
-        assert found["CSI 2", "convlstm full patch4, flows, iteration 1"][1] == results["forecast"]["csi_2"]["frames"]
+        assert found["CSI 2 (mm/h)", "convlstm full patch4, flows, iteration 1"][1] == results["forecast"]["csi_2"]["frames"]
         assert len(says(image, "no data")) == len(says(image, "< 0.1 mm/h")) == 1
     else:
         assert len(says(image, "truth 1/2")) == len(says(image, "truth 2/2")) == 3

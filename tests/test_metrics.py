@@ -489,8 +489,9 @@ def test_table_says_units_precision_what_is_left_out_and_how_to_read_it():
     blocks = text.split("\n\n")
     assert [block.splitlines()[1].split()[1:] for block in blocks] == [
         ["MSE", "MAE", "PSNR", "SSIM", "|", "MSE", "MAE", "PSNR", "SSIM"],
-        ["RMSE,", "K", "MAE,", "K", "|", "RMSE,", "K", "MAE,", "K"],
+        ["RMSE", "MAE", "|", "RMSE", "MAE"],
         ["CSI", "273.15", "|", "CSI", "273.15"], ["HSS", "273.15", "|", "HSS", "273.15"]]
+    assert [block.split("forecast")[0].strip() for block in blocks] == ["", "in K", "", ""]
     assert "the papers' figures are of fp32 runs; this run computed in bf16" in text
     assert "frames without data are left out: 3 (forecast), 3 (repeat last)" in text
     assert " ".join(text.split()).endswith(
@@ -498,13 +499,14 @@ def test_table_says_units_precision_what_is_left_out_and_how_to_read_it():
         "what a forecast must beat.")
     assert max(map(len, text.splitlines())) <= 100
     plain = metrics.table(results, precision="bf16")
-    assert "bf16" not in plain and "RMSE, own unit" in plain
+    assert "bf16" not in plain and "in own unit" in plain
     for side in results.values():  # of two channels, pooled, the larger would hide the other
         side |= dict.fromkeys(("rmse_1", "mae_units_1", "rmse_2", "mae_units_2"), entry)
     text = metrics.table(results, unit="K")
-    heads = [block.splitlines()[1].split()[1:7] for block in text.split("\n\n")[1:3]]
-    assert heads == [["RMSE", "1,", "K", "MAE", "1,", "K"], ["RMSE", "2,", "K", "MAE", "2,", "K"]]
-    assert "each channel's" in text and "RMSE, K" not in text
+    heads = [" ".join(block.split("---")[0].split()) for block in text.split("\n\n")[1:3]]
+    assert heads == [f"in K forecast | repeated last frame frame {of_two} | {of_two}" for of_two in (
+        "RMSE 1 MAE 1", "RMSE 2 MAE 2")]
+    assert "each channel's" in text
 
 
 def test_table_of_a_real_evaluation_stays_narrow():
@@ -522,10 +524,10 @@ def test_table_of_a_real_evaluation_stays_narrow():
 
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 
-def one_panel(curves, title, xlabel, ylabel, log=False):
+def one_panel(curves, name, xlabel, log=False):
     curves = {label: [*zip(*curve)] if isinstance(curve, tuple) else [*enumerate(curve, 1)]
               for label, curve in curves.items()}
-    return metrics.curves_svg([(title, ylabel, xlabel, curves)], log=log)
+    return metrics.curves_svg([(name, xlabel, curves)], log=log)
 
 
 def curves_in(svg):
@@ -564,14 +566,14 @@ def test_curves_are_the_metrics():
         assert [values for _, values, _ in found[label]] == [summary[metric]["frames"] for metric in PIXEL_METRICS]
         assert all(xs == [1, 2, 3, 4, 5, 6] for xs, _, _ in found[label])
     texts = texts_in(svg)
-    assert {"MSE", "PSNR (dB)", "forecast frame", "ConvLSTM full, moving_digits, iteration 7", *runs} <= set(texts)
+    assert {"MSE (sum over a frame)", "PSNR (dB)", "forecast frame", "ConvLSTM full, moving_digits, iteration 7", *runs} <= set(texts)
     lines = list(ElementTree.fromstring(svg).iter(f"{SVG}polyline"))
     assert len({(line.get("stroke"), line.get("stroke-dasharray")) for line in lines}) == 2
 
 
 def test_points_lie_where_the_axes_say():
     for log, values in ((False, [3.0, 17.5, 8.25, 40.0]), (True, [900.0, 45.0, 3.0, 0.5]), (True, [40.0, 55.0])):
-        svg = one_panel({"loss": ([0, 100, 250, 400][:len(values)], values)}, "Loss", "iteration", "L1", log)
+        svg = one_panel({"loss": ([0, 100, 250, 400][:len(values)], values)}, "L1 loss", "iteration", log)
         (xs, found, points), = curves_in(svg)["loss"]
         assert found == values
         for turned, numbers, places in ((False, xs, [x for x, _ in points]), (True, found, [y for _, y in points])):
@@ -585,25 +587,25 @@ def test_points_lie_where_the_axes_say():
 
 
 def test_none_is_a_gap_and_an_empty_panel_says_so():
-    svg = one_panel({"psnr": [None, 20.5, 21.5, None, 23.0]}, "PSNR", "frame", "dB")
+    svg = one_panel({"psnr": [None, 20.5, 21.5, None, 23.0]}, "PSNR (dB)", "frame")
     assert [(xs, values) for xs, values, _ in curves_in(svg)["psnr"]] == [([2, 3], [20.5, 21.5]), ([5], [23.0])]
-    empty = one_panel({"ssim": [None, None]}, "SSIM", "frame", "SSIM")
+    empty = one_panel({"ssim": [None, None]}, "SSIM", "frame")
     assert not curves_in(empty) and "no values" in texts_in(empty)
-    constant = one_panel({"black": [0.0, 0.0, 0.0]}, "MSE", "frame", "MSE")
+    constant = one_panel({"black": [0.0, 0.0, 0.0]}, "MSE", "frame")
     assert len({y for _, y in curves_in(constant)["black"][0][2]}) == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_cannot_be_shown_is_refused(value):
     with pytest.raises(ValueError, match="MSE: a curve cannot show"):
-        one_panel({"run": [1.0, value]}, "MSE", "frame", "MSE")
+        one_panel({"run": [1.0, value]}, "MSE", "frame")
 
 
 def test_training_curves_have_a_logarithmic_axis_where_the_values_allow_one():
     points = [(10, 1000.0), (20, 10.0), (30, 1.0)]
     for last, log in ((0.1, True), (0.0, False)):
-        panels = [("training", "L1 loss", "iteration", {"training": [*points, (40, last)]}),
-                  ("validation", "MSE", "iteration", {"validation": []})]
+        panels = [("L1 loss", "iteration", {"training": [*points, (40, last)]}),
+                  ("MSE", "iteration", {"validation": []})]
         svg = metrics.curves_svg(panels, "a run", log=True)
         (xs, values, places), = curves_in(svg)["training"]
         assert xs == [10, 20, 30, 40] and values == [1000, 10, 1, last]
@@ -624,13 +626,13 @@ def test_curves_show_what_the_unit_adds():
     summary = summary_of([1.0, 2.0], **{name: {"mean": 1.0, "frames": [1.0, k]} for k, name in enumerate(
         ("rmse", "mae_units", "rmse_1", "csi_273.15", "hss_280"))})
     panels = [text for text in texts_in(metrics.score_curves({"run": summary, "other": summary}, "", "K")) if text]
-    assert [text for text in ("RMSE (K)", "MAE (K)", "CSI at 273.15 K", "HSS at 280 K") if text not in panels] == []
+    assert [text for text in ("RMSE (K)", "MAE (K)", "CSI 273.15 (K)", "HSS 280 (K)") if text not in panels] == []
     assert not any("rmse_1" in text for text in panels)
 
 
 def test_many_curves_stay_apart_and_inside():
     curves = {f"run number {k:02d} with a long name": [float(k), float(k + 1)] for k in range(12)}
-    svg = one_panel(curves, "MSE", "frame", "MSE")
+    svg = one_panel(curves, "MSE", "frame")
     root = ElementTree.fromstring(svg)
     styles = {(line.get("stroke"), line.get("stroke-dasharray")) for line in root.iter(f"{SVG}polyline")}
     assert len(styles) == 12
@@ -641,7 +643,7 @@ def test_many_curves_stay_apart_and_inside():
 
 def test_long_training_curves_are_kept_whole():
     steps, losses = list(range(0, 80000, 40)), [100 / (k + 1) for k in range(2000)]
-    svg = one_panel({"loss": (steps, losses)}, "Loss", "iteration", "loss", log=True)
+    svg = one_panel({"loss": (steps, losses)}, "loss", "iteration", log=True)
     (xs, values, _), = curves_in(svg)["loss"]
     assert xs == steps and values == losses
     markers = [path for path in ElementTree.fromstring(svg).iter(f"{SVG}path") if path.get("transform")]
