@@ -190,23 +190,22 @@ def event_counts(pred, truth, thresholds, mask=None):
     Raises ValueError as frame_scores does.
     """
     _check(pred, truth, mask)
-    nan = pred.isnan() | truth.isnan()
-    known = ~nan if mask is None else mask & ~nan
+    mask = torch.ones_like(truth, dtype=torch.bool) if mask is None else mask
+    nan = mask & (pred.isnan() | truth.isnan())
+    known = mask & ~nan
     counts = truth.new_zeros((len(thresholds), truth.shape[1], 5), dtype=torch.int64)
     for row, threshold in zip(counts, thresholds):
         event, fell = pred >= threshold, truth >= threshold
-        for k, cell in enumerate((event & fell, ~event & fell, event & ~fell, ~event & ~fell)):
-            row[:, k] = (cell & known).sum((0, 2, 3, 4))
-        row[:, 4] = (nan if mask is None else nan & mask).sum((0, 2, 3, 4))
+        cells = event & fell & known, ~event & fell & known, event & ~fell & known, ~event & ~fell & known, nan
+        row[:] = torch.stack([cell.sum((0, 2, 3, 4)) for cell in cells], 1)
     return counts
 
 
 def csi_hss(counts, thresholds):
     """CSI and HSS of event_counts: {"csi_0.5": {"mean": float, "frames": [float] * T, "undefined": int}, "hss_0.5": …}.
 
-    A lead time without a score (0/0: no event forecast, none happened, or no data) is None; the mean leaves it out,
-    "undefined" counts it. A NaN that counts makes its lead time and the mean None. Raises ValueError for counts of
-    other thresholds.
+    A lead time of 0/0 (no event forecast, none happened, or no data) is None, which the mean leaves out and "undefined"
+    counts. A NaN that counts makes its lead time and the mean None. Raises ValueError for counts of other thresholds.
     """
     if counts.shape != (len(thresholds), *counts.shape[1:2], 5):
         raise ValueError(f"counts {tuple(counts.shape)} are not (thresholds, T, 5) for {len(thresholds)} thresholds")
@@ -230,16 +229,14 @@ def csi_hss(counts, thresholds):
 def unit_errors(pred, truth, mask=None):
     """Errors in the data's unit: float64 (T, C, 3) on their device, Σ error², Σ |error| and the pixels that count.
 
-    pred, truth: (B, T, C, H, W), any numbers, in one unit; mask: None or bool, True where a pixel counts.
-    Raises ValueError as frame_scores does.
+    pred, truth: (B, T, C, H, W), any numbers, in one unit; mask and ValueError as in event_counts.
     """
     _check(pred, truth, mask)
+    mask = torch.ones_like(truth, dtype=torch.bool) if mask is None else mask
     sums = truth.new_zeros((*truth.shape[1:3], 3), dtype=torch.float64)
     for t, row in enumerate(sums):
-        error = pred[:, t].double() - truth[:, t].double()  # (B, C, H, W)
-        counts = torch.ones_like(error) if mask is None else mask[:, t].double()
-        error = error if mask is None else torch.where(mask[:, t], error, 0)
-        for k, values in enumerate((error * error, error.abs(), counts)):
+        error = torch.where(mask[:, t], pred[:, t].double() - truth[:, t].double(), 0)  # (B, C, H, W)
+        for k, values in enumerate((error * error, error.abs(), mask[:, t].double())):
             row[:, k] = _frame_sum(values.transpose(0, 1))
     return sums
 
@@ -580,8 +577,7 @@ def sheet(rows, title="", unit=None):
             parts += [(image, y, left + k * (wide + 2)) for k, image in enumerate(row.images)]
             if row.scale:
                 parts.append((PALETTE[np.linspace(255, 0, high).round().astype(int)][:, None].repeat(8, 1), y, end))
-                parts += [(words(f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"), at, end + 10)
-                          for value, at in zip(row.scale, (y + high - 7, y))]
+                parts += [(words(f"{value:.4g}"), at, end + 10) for value, at in zip(row.scale, (y + high - 7, y))]
             y += high + 2
         elif len(row):
             image = words(row) if isinstance(row, str) else row
@@ -648,12 +644,10 @@ def ranked(scores):
     where there is none, and where a forecast holds NaN.
     """
     counts = scores["pixels"] > 0
-    if bad := (counts & scores["mse"].isnan()).any(1).nonzero().flatten().tolist():
-        raise ValueError(f"the forecast of test sequence {bad[0]} holds NaN")
     mse = torch.where(counts, scores["mse"], 0).sum(1) / counts.sum(1)
-    order = [n for n in mse.argsort(stable=True).tolist() if counts[n].any()]
-    if not order:
-        raise ValueError("no test sequence has data")
+    order = [n for n in mse.argsort(stable=True).tolist() if counts[n].any()]  # NaN comes last
+    if not order or mse[order[-1]].isnan():
+        raise ValueError(f"test sequence {order[-1]}: NaN in the forecast" if order else "no test sequence has data")
     names = {order[-1]: "worst", order[0]: "best", order[len(order) // 2]: "median"}
     return {names[n]: (n, mse[n].item()) for n in order if n in names}
 

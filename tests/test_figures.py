@@ -277,7 +277,7 @@ def test_the_sequences_shown_are_different_ones_or_fewer():
     no = math.nan
     some = scored([[no, no], [8, no], [2, 4], [no, no]], [[0, 0], [9, 0], [9, 9], [0, 0]])
     assert metrics.ranked(some) == {"best": (2, 3.0), "median": (1, 8.0)}           # means over what has data
-    for mse, pixels, text in (([[1.0, 2], [no, 1]], [[9, 9], [9, 9]], "sequence 1 holds NaN"),
+    for mse, pixels, text in (([[1.0, 2], [no, 1]], [[9, 9], [9, 9]], "test sequence 1: NaN in the forecast"),
                               ([[no, no]], [[0, 0]], "no test sequence has data")):
         with pytest.raises(ValueError, match=text):
             metrics.ranked(scored(mse, pixels))
@@ -384,7 +384,8 @@ def test_the_curves_are_the_results_and_the_log():
     assert len(log) == 3 and [k for k, _ in results["validation"]] == [8, 16, 23]
     assert curves(folder / "figures" / "training.svg") == {
         ("l2 loss (sum over a frame)", "training"): [[float(row[0]) for row in log], [float(row[1]) for row in log]],
-        ("MSE of the forecast (sum over a frame)", "validation"): [list(map(float, column)) for column in zip(*results["validation"])]}
+        ("MSE of the forecast (sum over a frame)", "validation"): [
+            list(map(float, column)) for column in zip(*results["validation"])]}
 
 
 def test_attention_is_drawn_where_the_model_looks():
@@ -496,7 +497,8 @@ def test_units_get_rain_classes_or_a_scale(monkeypatch, unit, channels):
     if unit == "mm/h":
         results = json.loads((folder / "results-3-sequences.json").read_text())
         assert all(math.isfinite(mse) for _, mse in results["validation"])
-        assert found["CSI 2 (mm/h)", "convlstm full patch4, flows, iteration 1"][1] == results["forecast"]["csi_2"]["frames"]
+        label = "convlstm full patch4, flows, iteration 1"
+        assert found["CSI 2 (mm/h)", label][1] == results["forecast"]["csi_2"]["frames"]
         assert len(says(image, "no data")) == len(says(image, "< 0.1 mm/h")) == 1
     else:
         assert len(says(image, "truth 1/2")) == len(says(image, "truth 2/2")) == 3

@@ -566,7 +566,8 @@ def test_curves_are_the_metrics():
         assert [values for _, values, _ in found[label]] == [summary[metric]["frames"] for metric in PIXEL_METRICS]
         assert all(xs == [1, 2, 3, 4, 5, 6] for xs, _, _ in found[label])
     texts = texts_in(svg)
-    assert {"MSE (sum over a frame)", "PSNR (dB)", "forecast frame", "ConvLSTM full, moving_digits, iteration 7", *runs} <= set(texts)
+    assert {"MSE (sum over a frame)", "PSNR (dB)", "forecast frame", "ConvLSTM full, moving_digits, iteration 7",
+            *runs} <= set(texts)
     lines = list(ElementTree.fromstring(svg).iter(f"{SVG}polyline"))
     assert len({(line.get("stroke"), line.get("stroke-dasharray")) for line in lines}) == 2
 
