@@ -521,14 +521,6 @@ def _range(*values):
     return (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
 
 
-def _stamp(images, text):
-    """Write a word across the middle of images (..., h, w, 3), in place; what does not fit is cut off."""
-    height, width = images.shape[-3:-1]
-    tag = np.pad(words(text), ((2, 2), (2, 1), (0, 0)), constant_values=255)[:height, :width]
-    y, x = (height - tag.shape[0]) // 2, (width - tag.shape[1]) // 2
-    images[..., y:y + tag.shape[0], x:x + tag.shape[1], :] = tag
-
-
 def panel_rows(label, values, unit=None, scale=None, size=None, cross=None):
     """Values (n, C, h, w) as rows of n panels, one a channel, numbered if several. A constant panel is noted as such.
 
@@ -549,10 +541,12 @@ def panel_rows(label, values, unit=None, scale=None, size=None, cross=None):
         near, far = np.minimum(y[:, None], x), np.maximum(y[:, None], x)
         images[..., (near <= 1) & (far > 0) & (far <= 5), :] = 0
         images[..., (near == 0) & (far > 0) & (far < 5), :] = 255
+    tag = np.pad(words("constant"), ((2, 2), (2, 1), (0, 0)), constant_values=255)[:size[0], :size[1]]
+    y, x = ((side - of_tag) // 2 for side, of_tag in zip(size, tag.shape))
     for at in np.ndindex(values.shape[:2]):
         low, high = _range(values[at])
         if high - low <= 1e-6 * max(abs(low), abs(high)) and not np.isnan(values[at]).all():
-            _stamp(images[at], "constant")
+            images[at][y:y + tag.shape[0], x:x + tag.shape[1]] = tag
     return [Row(f"{label} {c + 1}/{count}" if count > 1 else label, images[:, c], scale) for c in range(count)]
 
 
@@ -623,7 +617,7 @@ def film_animation(films, title="", unit=None):
     """Films in motion, (T, h, w, 3): truth, forecast and |error| beside each other. All have one length and past, and
     one forecast each."""
     past, length = films[0].past, len(films[0].truth)
-    heads = [f"frame {t + 1} of {length}, {'read' if t < past else 'forecast'}" for t in range(length)]
+    heads = [f"frame {t + 1} of {length}, {'reading' if t < past else 'forecast'}" for t in range(length)]
     rows = [np.stack([words(head.ljust(len(heads[-1]))) for head in heads]), ["truth", "forecast", "|error|"]]
     for film in films:
         forecast = torch.cat([film.truth[:past] * math.nan, *film.forecasts.values()])
@@ -631,8 +625,7 @@ def film_animation(films, title="", unit=None):
         rows.append(film.caption)
         for trio in zip(panel_rows("", film.truth, unit, scale), *_against(film.truth, forecast, unit, scale)):
             images = np.stack([row.images for row in trio])  # (3, T, h, w, 3)
-            images[1:, :past] = 230
-            _stamp(images[1, :past], "reading")
+            images[1:, :past] = 230  # no forecast yet
             rows.append(trio[0]._replace(images=images))
     return sheet(rows, title, unit)
 
