@@ -365,7 +365,8 @@ def bench(name, setup, batch, frames, device, precision, repeats, clock=timer):
     return in_turn(steps, repeats, clock), sizes
 
 
-FORMS = ("ours", "ours, graph", "ours, compiled", "ours, bf16", "ours, recompute", "straightforward", "bound", "4·M_par + 2·M_out")
+FORMS = ("ours", "ours, graph", "ours, compiled", "ours, bf16", "ours, recompute", "straightforward", "bound",
+         "4·M_par + 2·M_out")
 ROW = "{:20} {:>24} {:>7} {:>9} {:>8} {:>8} {:>10} {:>7}"
 
 

@@ -1,6 +1,7 @@
-"""Shared by the tests: the project on the import path, the `slow` marker, and the real data beside the project."""
+"""Shared by the tests: the project on the import path, the `slow` marker, small runs, and the real data beside us."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+SMALL = ("--data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 "
+         "--horizon 3").split()                                   # of a run that takes a moment
 
 
 def pytest_addoption(parser):
@@ -31,6 +34,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """The test starts in an empty folder; what train.py takes of the signals, it gives back."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    assert handlers == {s: signal.getsignal(s) for s in handlers}
 
 
 @pytest.fixture
@@ -77,12 +89,17 @@ def data_refused(opened, folder, *texts):
     return str(error.value)
 
 
-def command_refused(capsys, *arguments, status=2):
-    """train.py ends with this status and one line on stderr. Returns the line."""
+def run(*arguments):
+    """train.py in this process: its exit status."""
     import train
 
+    return train.main([str(a) for a in arguments])
+
+
+def command_refused(capsys, *arguments, status=2):
+    """train.py ends with this status and one line on stderr. Returns the line."""
     capsys.readouterr()
-    assert train.main([str(a) for a in arguments]) == status
+    assert run(*arguments) == status
     err = capsys.readouterr().err
     assert err.startswith("train.py: ") and err.count("\n") == 1 and "Traceback" not in err, err
     return err

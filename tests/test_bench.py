@@ -14,7 +14,8 @@ TINY = dict(patch=16, layers=2, hidden=4, kernel=3)
 
 def test_kept_bytes_by_hand():
     layer, x = nn.Linear(3, 5), torch.rand(7, 3)
-    # sigmoid keeps its output, 7×5; the product keeps both factors: that output again and tanh's, 7×5, which tanh keeps too
+    # sigmoid keeps its output, 7×5; the product keeps both factors: that output again and tanh's, 7×5, which tanh keeps
+    # too
     def network(x):
         y = layer(x)
         return torch.sigmoid(y) * torch.tanh(y)

@@ -116,8 +116,8 @@ def test_bf16_agrees_with_fp32(name, setup, variant):
 @pytest.mark.parametrize("name, setup, variant", [
     pytest.param(*case, marks=pytest.mark.slow if case[1] == "fullres" else ()) for case in CASES])
 def test_overfits_one_batch(name, setup, variant):
-    # Without LayerNorm a layer of SA-ConvLSTM damps what it is given to a hundredth at the start, and more with SE before
-    # its memory: through four the two sequences cannot be told apart for hundreds of steps (see its docstring).
+    # Without LayerNorm a layer of SA-ConvLSTM damps what it is given to a hundredth at the start, and more with SE
+    # before its memory: through four the two sequences cannot be told apart for hundreds of steps (see its docstring).
     layers = 1 if setup == "fullres" and "sa_convlstm" in (name, *variant.split("_no_")) else 4
     model = small(name, setup, variant, hidden=16, layers=layers)
     frames = (torch.rand(2, 5, 1, 4, 4) > 0.5).float().repeat_interleave(4, 3).repeat_interleave(4, 4)
@@ -133,7 +133,8 @@ def test_overfits_one_batch(name, setup, variant):
 @pytest.mark.parametrize("name", NAMES)
 def test_refuses_what_cannot_be_built(name):
     model = importlib.import_module(name).MODEL
-    for wrong in (dict(size=30), dict(size=(64, 2)), dict(setup="other"), dict(variant="other"), dict(kernel=4), dict(hidden=0)):
+    for wrong in (dict(size=30), dict(size=(64, 2)), dict(setup="other"), dict(variant="other"), dict(kernel=4),
+                  dict(hidden=0)):
         with pytest.raises(ValueError) as caught:
             model(**(dict(setup="patch4") | wrong))
         assert "\n" not in str(caught.value)
@@ -165,7 +166,8 @@ def test_refuses_frames_that_it_cannot_read(name, setup, variant):
     model = small(name, setup, variant)
     one_size = setup == "patch4" or variant == "peephole"
     for shape, horizon, text in [((1, 1, 1, 16, 16), 0, "horizon at least 1"), ((1, 0, 1, 16, 16), 3, "horizon"),
-                                 ((1, 3, 2, 16, 16), 0, r"\(B, T, 1, H, W\)"), ((3, 1, 16, 16), 0, r"\(B, T, 1, H, W\)"),
+                                 ((1, 3, 2, 16, 16), 0, r"\(B, T, 1, H, W\)"),
+                                 ((3, 1, 16, 16), 0, r"\(B, T, 1, H, W\)"),
                                  ((1, 3, 1, 16, 17), 0, "16×16"),
                                  ((1, 3, 1, 32, 16), 0, r"fit 16×16 alone; build the model with size=\(32, 16\)")]:
         if text.startswith("fit") and not one_size:
@@ -212,7 +214,8 @@ def test_says_where_it_is_from(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_stands_alone(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    out = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, f"{name}.py"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "parameters" in out and "multiply-accumulates" in out and "(1, 20, 1, 64, 64)" in out
     train = f"""
 import torch, {name}

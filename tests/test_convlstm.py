@@ -37,7 +37,8 @@ def test_parameters(setup, options, parameters):
 
 
 @pytest.mark.parametrize("setup, size, frames, macs", [
-    ("fullres", 64, 20, 34.4), ("fullres", 32, 8, 3.2), ("fullres", 128, 20, 137.7), ("fullres", 180, 8, 100.3), ("patch4", 64, 20, 15.9)])
+    ("fullres", 64, 20, 34.4), ("fullres", 32, 8, 3.2), ("fullres", 128, 20, 137.7), ("fullres", 180, 8, 100.3),
+    ("patch4", 64, 20, 15.9)])
 def test_multiply_accumulates(setup, size, frames, macs):
     assert round(count_macs(ConvLSTM, frames, size=size, setup=setup) / 1e9, 1) == macs
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, run
 from conftest import command_refused as refused
 from test_contract import CASES, small
 
@@ -17,18 +18,9 @@ import data
 import metrics
 import train
 
-TINY = ("--data moving_digits --device cpu --setup patch4 --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 "
-        "--horizon 3 --iterations 1 --eval-sequences 4").split()
+pytestmark = pytest.mark.usefixtures("empty_folder")
+TINY = [*SMALL, *"--setup patch4 --iterations 1 --eval-sequences 4".split()]
 ALWAYS = {"films.png", "films_animated.png", "curves.svg", "training.svg", "layers.png"}
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments):
-    return train.main([str(a) for a in arguments])
 
 
 def made(model, *arguments, name="a"):

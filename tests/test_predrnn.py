@@ -139,7 +139,8 @@ def test_decoupling_weight():
 @pytest.mark.parametrize("variant", ["v2", "reverse_sampling"])
 def test_reverse_scheduled_sampling(variant):
     def probabilities(setup, iteration, iterations, **other):
-        p = PredRNN(setup=setup, variant=variant, patch=4, **SMALL, **other).truth_probability(iteration, iterations, 4, 7)
+        model = PredRNN(setup=setup, variant=variant, patch=4, **SMALL, **other)
+        p = model.truth_probability(iteration, iterations, 4, 7)
         assert p[0] == 1 and len(p) == 7 and len(set(p[1:4])) == 1 and len(set(p[4:])) == 1
         return p[1], p[4]
 

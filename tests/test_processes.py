@@ -12,22 +12,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL
 
 import train
 
 OURS = f'File "{ROOT / "train.py"}"'                              # a traceback through us; torchrun prints its own
-SETTINGS = ("convlstm --data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 8 --frames-in 3 --horizon 3 "
-            "--iterations 20 --eval-every 10 --save-every 7 --eval-sequences 33").split()    # 17 and 16 on two: batches of 16 + 1 and 16
+SETTINGS = ["convlstm", *SMALL, *"--batch 8 --iterations 20 --eval-every 10 --save-every 7".split(),
+            *"--eval-sequences 33".split()]                       # 17 and 16 on two: batches of 16 + 1 and 16
 
 
 def start(processes, *arguments, **options):
     with socket.socket() as s:                                    # a free port, so that tests can run beside each other
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
+    command = [str(ROOT / "train.py"), *map(str, arguments)]
+    if processes > 1:
+        command = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", *command]
+    return subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
 
 
 def finish(process, status=0):
@@ -71,7 +73,8 @@ def test_any_number_of_processes(tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_ends_them_all(tmp_path):
     """Within thirty seconds, with the last checkpoint whole and nothing of ours in the way."""
-    process = start(2, *SETTINGS, "--iterations", 100000, "--eval-every", 100000, "--save-every", 5, "--name", "a", cwd=tmp_path)
+    process = start(2, *SETTINGS, "--iterations", 100000, "--eval-every", 100000, "--save-every", 5, "--name", "a",
+                    cwd=tmp_path)
     last = tmp_path / "runs/a/last.pt"
     wait = time.monotonic() + 600
     while not (last.exists() and torch.load(last, weights_only=True)["iteration"] >= 5) and time.monotonic() < wait:
@@ -84,7 +87,8 @@ def test_a_killed_process_ends_them_all(tmp_path):
     assert not any(Path(f"/proc/{w}").exists() for w in workers)
     assert OURS not in err, err                   # torchrun reports in its own way; no traceback of ours
     assert torch.load(last, weights_only=True)["iteration"] % 5 == 0
-    finish(start(1, "--resume", "runs/a", "--iterations", torch.load(last, weights_only=True)["iteration"] + 1, cwd=tmp_path))
+    further = torch.load(last, weights_only=True)["iteration"] + 1
+    finish(start(1, "--resume", "runs/a", "--iterations", further, cwd=tmp_path))
 
 
 @pytest.mark.slow

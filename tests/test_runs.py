@@ -1,4 +1,5 @@
-"""Runs when things go wrong: damaged files, full disks, two processes at once, nobody who listens; and runs in one's own code."""
+"""Runs when things go wrong: damaged files, full disks, two processes at once, nobody who listens; and runs in code of
+one's own."""
 
 import errno
 import json
@@ -13,24 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, run
 from conftest import command_refused as refused
 
 import convlstm
 import data
 import train
 
-TINY = ("convlstm --data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 3 "
-        "--iterations 4 --eval-every 2 --save-every 1 --eval-sequences 3").split()
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments):
-    return train.main([str(a) for a in arguments])
+pytestmark = pytest.mark.usefixtures("empty_folder")
+TINY = ["convlstm", *SMALL, *"--iterations 4 --eval-every 2 --save-every 1 --eval-sequences 3".split()]
 
 
 def start(*arguments, **options):
@@ -88,7 +80,8 @@ def test_a_flipped_bit_is_found(made, capsys):
 @pytest.mark.parametrize("change", [
     lambda c: c.update(iteration=None), lambda c: c.update(validation=None), lambda c: c.update(validation=[[1]]),
     lambda c: c.update(logged=9), lambda c: c.update(losses=torch.zeros(3)), lambda c: c.pop("seconds"),
-    lambda c: c["config"].update(batch="two"), lambda c: c["config"].update(lr=None), lambda c: c["config"].pop("clips"),
+    lambda c: c["config"].update(batch="two"), lambda c: c["config"].update(lr=None),
+    lambda c: c["config"].pop("clips"),
     lambda c: c["config"].update(model="nosuch"), lambda c: c["config"]["network"].update(hidden=5),
     lambda c: c["config"]["network"].update(kernel="x"), lambda c: c["model"].popitem(),
     lambda c: c["model"]["output.bias"].fill_(float("nan")),
@@ -140,8 +133,8 @@ def test_a_full_disk_is_named(made, capsys, monkeypatch):
     assert "config.json: No space left" in refused(capsys, "--resume", made, "--iterations", 6)
     assert "runs: No space left" in refused(capsys, *TINY, "--name", "b")
     assert everything(made) == before and not Path("runs/b").exists()
-    monkeypatch.setattr(os, "fsync", lambda handle: full(handle) if os.readlink(f"/proc/self/fd/{handle}").count("last.pt")
-                        else fsync(handle))
+    monkeypatch.setattr(os, "fsync", lambda handle: (
+        full if os.readlink(f"/proc/self/fd/{handle}").count("last.pt") else fsync)(handle))
     assert "last.pt: No space left" in refused(capsys, *TINY, "--name", "b")
     assert not list(Path("runs/b").glob(".*"))
 
@@ -177,8 +170,7 @@ def test_ctrl_c_while_starting(delay):
 def test_other_values_of_the_same_shape_are_other_data(capsys):
     film = np.random.default_rng(0).random((60, 16, 16), dtype=np.float32)
     np.save("mine.npy", film)
-    own = "convlstm --data mine.npy --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 2"
-    assert run(*own.split(), "--iterations", 2, "--name", "a") == 0
+    assert run(*TINY, "--data", "mine.npy", "--horizon", 2, "--iterations", 2, "--name", "a") == 0
     np.save("mine.npy", film[::-1])
     assert "checksum" in refused(capsys, "--resume", "runs/a", "--iterations", 3)
     assert run("--eval", "runs/a") == 0
@@ -247,7 +239,7 @@ def test_evaluation_takes_what_memory_there_is(made, capsys, monkeypatch):
     assert run("--eval", made) == 0
     small = json.loads((made / "results.json").read_text())
     assert 3 in sizes and sizes.count(2) and small["eval_batch"] == 2
-    for name in ("mse", "mae", "psnr_float", "ssim_gaussian"):     # the others truncate to 8 bits, where rounding can flip one
+    for name in ("mse", "mae", "psnr_float", "ssim_gaussian"):  # others truncate to 8 bits, where rounding can flip one
         np.testing.assert_allclose(small["forecast"][name]["frames"], whole["forecast"][name]["frames"], 1e-5, 1e-6)
     monkeypatch.setattr(convlstm.ConvLSTM, "forward", forward)
     assert run("--eval", made) == 0
@@ -271,8 +263,8 @@ def test_a_threshold_is_taken_on_the_data_as_stored(capsys):
     film = np.zeros((60, 16, 16), np.float32)
     film[:, :8], film[:, 15, 15] = 35.7, np.nan
     np.save("still.npy", film)
-    own = "convlstm --data still.npy --normalize 0 70 --device cpu --hidden 4 --layers 2 --frames-in 3 --horizon 2 --name a"
-    assert run(*own.split(), "--unit", "dBZ", "--thresholds", 35.7, 40, "--iterations", 1, "--batch", 2) == 0
+    own = "--data still.npy --normalize 0 70 --horizon 2 --iterations 1 --name a --unit dBZ --thresholds 35.7 40"
+    assert run("convlstm", *SMALL, *own.split()) == 0
     results = json.loads(Path("runs/a/results.json").read_text())
     still = results["repeat_last"]
     assert results["unit"] == "dBZ" and still["csi_35.7"]["frames"] == [1, 1] and still["csi_40"]["mean"] is None
@@ -291,17 +283,18 @@ def test_a_threshold_is_taken_on_the_data_as_stored(capsys):
 def test_a_model_for_any_size_forecasts_any_size(capsys):
     np.save("small.npy", np.random.default_rng(0).random((40, 12, 16), np.float32))
     np.save("large.npy", np.random.default_rng(0).random((2, 9, 20, 28), np.float32))
-    own = "convlstm --data small.npy --device cpu --hidden 4 --layers 2 --frames-in 3 --horizon 2 --iterations 1 --batch 2"
-    assert run(*own.split(), "--setup", "fullres", "--name", "a") == 0
+    own = ["convlstm", *SMALL, *"--data small.npy --horizon 2 --iterations 1".split()]
+    assert run(*own, "--setup", "fullres", "--name", "a") == 0
     assert run("--predict", "runs/a", "--data", "large.npy", "--layout", "MTHW") == 0
     assert np.load("runs/a/predict-large-1.npy").shape == (2, 2, 20, 28)
-    assert run(*own.split(), "--name", "b") == 0
-    assert "the model takes 1 x 12 x 16" in refused(capsys, "--predict", "runs/b", "--data", "large.npy", "--layout", "MTHW")
+    assert run(*own, "--name", "b") == 0
+    line = refused(capsys, "--predict", "runs/b", "--data", "large.npy", "--layout", "MTHW")
+    assert "the model takes 1 x 12 x 16" in line
 
 
 def test_a_schedule_for_data_of_ones_own(capsys):
     np.save("mine.npy", np.random.default_rng(0).random((60, 16, 16), np.float32))
-    own = "convlstm --data mine.npy --device cpu --hidden 4 --layers 1 --frames-in 3 --horizon 2 --batch 8 --name".split()
+    own = ["convlstm", *SMALL, *"--data mine.npy --layers 1 --horizon 2 --batch 8 --name".split()]
     _, args = train.parse([*own, "a"])
     config, clips, _ = train.settings(args)
     assert config["iterations"] == 100 * clips.train_count // 8 and not config["reverse"] and not config["as_published"]
@@ -310,12 +303,12 @@ def test_a_schedule_for_data_of_ones_own(capsys):
 def test_init_takes_over_the_scale(capsys):
     film = np.random.default_rng(0).random((60, 16, 16), np.float32)
     np.save("mine.npy", 50 * film)
-    own = "convlstm --data mine.npy --device cpu --hidden 4 --layers 1 --frames-in 3 --horizon 2 --batch 2 --iterations 1"
-    assert run(*own.split(), "--normalize", 0, 70, "--name", "a") == 0
+    own = ["convlstm", *SMALL, *"--data mine.npy --layers 1 --horizon 2 --iterations 1".split()]
+    assert run(*own, "--normalize", 0, 70, "--name", "a") == 0
     np.save("mine.npy", 60 * film)
-    assert run(*own.split(), "--init", "runs/a", "--name", "b") == 0
+    assert run(*own, "--init", "runs/a", "--name", "b") == 0
     assert json.loads(Path("runs/b/config.json").read_text())["clips"]["scale"] == [0, 70]
-    assert "scale" in refused(capsys, *own.split(), "--normalize", "--init", "runs/a")
+    assert "scale" in refused(capsys, *own, "--normalize", "--init", "runs/a")
 
 
 def test_init_says_what_differs(made, capsys):

@@ -74,7 +74,7 @@ def depthwise(w, seen):
 
 
 def test_attention_is_the_literal_softmax():
-    q, *kv = (torch.randn(2, channels, 4, 5, dtype=torch.float64) * 2 for channels in (3, 6, 6))     # two keys and values
+    q, *kv = (torch.randn(2, channels, 4, 5, dtype=torch.float64) * 2 for channels in (3, 6, 6))  # two keys and values
     z, maps = attend(q, *kv, points=torch.tensor([0, 7, 19]))
     assert z.shape == (2, 6, 4, 5) and maps.shape == (2, 3, 2, 4, 5)
     torch.testing.assert_close(maps.sum((3, 4)), torch.ones(2, 3, 2, dtype=torch.float64))

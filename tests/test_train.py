@@ -12,28 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, run
 from conftest import command_refused as refused
 
 import convlstm
 import data
 import train
 
-TINY = ("convlstm --data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 3 "
-        "--iterations 23 --eval-every 8 --save-every 3 --eval-sequences 5").split()
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    assert handlers == {s: signal.getsignal(s) for s in handlers}     # what train.py takes, it gives back
-
-
-def run(*arguments):
-    """train.py in this process: its exit status."""
-    return train.main([str(a) for a in arguments])
+pytestmark = pytest.mark.usefixtures("empty_folder")
+TINY = ["convlstm", *SMALL, *"--iterations 23 --eval-every 8 --save-every 3 --eval-sequences 5".split()]
 
 
 def start(*arguments):
@@ -86,7 +73,8 @@ def test_a_whole_run(capsys):
         forecast = model(clips[:, :3], horizon=3)[:, -3:].clamp(0, 1)
     mse = ((forecast.double() - clips[:, 3:]) ** 2).sum((2, 3, 4)).mean()
     np.testing.assert_allclose(results["forecast"]["mse"]["mean"], mse, rtol=1e-6)
-    np.testing.assert_allclose(results["black"]["mse"]["mean"], (clips[:, 3:] ** 2).sum((2, 3, 4)).double().mean(), rtol=1e-6)
+    black = (clips[:, 3:] ** 2).sum((2, 3, 4)).double().mean()
+    np.testing.assert_allclose(results["black"]["mse"]["mean"], black, rtol=1e-6)
     assert f"{results['forecast']['mse']['mean']:.2f}" in out and str(folder / "forecast.png") in out
     assert (folder / "forecast.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob("*.tmp"))
@@ -96,7 +84,8 @@ def test_a_whole_run(capsys):
     pytest.param(name, variant, setup, marks=() if (variant, setup) == ("full", "patch4") else pytest.mark.slow)
     for name in train.MODELS for variant in train.model_file(name).VARIANTS for setup in ("patch4", "fullres")])
 def test_every_variant_runs_end_to_end(name, variant, setup, capsys):
-    assert run(name, *TINY[1:], "--variant", variant, "--setup", setup, "--patch", 8, "--iterations", 2, "--name", "a") == 0
+    assert run(name, *TINY[1:], "--variant", variant, "--setup", setup, "--patch", 8, "--iterations", 2,
+               "--name", "a") == 0
     results = json.loads(Path("runs/a/results.json").read_text())
     assert (results["model"], results["variant"], results["setup"]) == (name, variant, setup)
     assert all(np.isfinite(results["forecast"][metric]["mean"]) for metric in ("mse", "mae", "psnr", "ssim"))
@@ -301,8 +290,7 @@ def test_shares(total, count, monkeypatch):
 def test_data_that_changed(capsys):
     film = np.random.default_rng(0).random((40, 16, 16), dtype=np.float32)
     np.save("mine.npy", film)
-    own = "convlstm --data mine.npy --normalize --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 2"
-    assert run(*own.split(), "--iterations", 2, "--name", "a") == 0
+    assert run(*TINY, "--data", "mine.npy", "--normalize", "--horizon", 2, "--iterations", 2, "--name", "a") == 0
     np.save("mine.npy", film * 1000)
     for command in ("--eval", "--resume"):
         assert "scale" in refused(capsys, command, "runs/a")
@@ -325,7 +313,7 @@ def test_a_bf16_run_on_a_cpu_without_bf16(monkeypatch, capsys):
     """Cannot be started there, but goes on and is evaluated in fp32."""
     monkeypatch.setattr(train, "cpu_has_bf16", lambda: False)
     refused(capsys, *TINY, "--precision", "bf16")
-    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)          # without it autocast computes all the same, slowly
+    monkeypatch.setattr(train, "cpu_has_bf16", lambda: True)     # without it autocast computes all the same, slowly
     assert run(*TINY, "--precision", "bf16", "--iterations", 2, "--name", "a") == 0
     monkeypatch.setattr(train, "cpu_has_bf16", lambda: False)
     assert run("--eval", "runs/a", "--eval-sequences", 2) == 0
@@ -337,8 +325,8 @@ def test_a_bf16_run_on_a_cpu_without_bf16(monkeypatch, capsys):
 
 def test_no_terminal_is_too_plain(capsys):
     """A terminal or a pipe that knows ASCII only, and one that closes early."""
-    out = subprocess.run([sys.executable, str(ROOT / "train.py"), "--list", "--setup", "fullres", "--data", "taxibj"], text=True,
-                         capture_output=True, env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    listing = [sys.executable, str(ROOT / "train.py"), "--list", "--setup", "fullres", "--data", "taxibj"]
+    out = subprocess.run(listing, text=True, capture_output=True, env=os.environ | dict(PYTHONIOENCODING="ascii"))
     assert out.returncode == 0 and "convlstm" in out.stdout and not out.stderr
     process = start("--list", "--data", "taxibj")
     process.stdout.close()
@@ -413,7 +401,8 @@ def test_damaged_checkpoints(capsys):
     assert "no checkpoint" in refused(capsys, "--eval", "runs/a")
 
 
-# models.md, "Two set-ups": (optimiser, weight decay, lr, final lr, batch, iterations, loss, part of them sampled, reversed)
+# models.md, "Two set-ups": (optimiser, weight decay, lr, final lr, batch, iterations, loss, part of them sampled,
+# reversed)
 ADAM, ADAMW = ("adam", 0.0, 1e-3, None), ("adamw", 0.01, 1e-3, 1e-6)
 PATCH4 = {"convlstm": (*ADAM, 8, 80_000, "l2", 0.625, True), "predrnn": (*ADAM, 8, 80_000, "l2", 0.625, True),
           "sa_convlstm": (*ADAM, 8, 80_000, "l2", 0.625, True), "cms_lstm": (*ADAMW, 8, 80_000, "l2", 0.5, True),
@@ -435,7 +424,8 @@ def paper_settings(monkeypatch, name, dataset, *arguments, train_count=None):
 @pytest.mark.parametrize("setup", ["patch4", "fullres"])
 def test_the_paper_settings(name, setup, monkeypatch):
     expected = PATCH4[name] if setup == "patch4" else FULLRES
-    config = paper_settings(monkeypatch, name, "moving_mnist", "--setup", setup, train_count=10_500 if setup == "fullres" else None)
+    config = paper_settings(monkeypatch, name, "moving_mnist", "--setup", setup,
+                            train_count=10_500 if setup == "fullres" else None)
     found = tuple(config[k] for k in ("optimizer", "weight_decay", "lr", "final_lr", "batch", "iterations", "loss"))
     sampled = expected[-2]
     assert (*found, sampled, config["reverse"]) == expected and config["as_published"]
@@ -445,7 +435,8 @@ def test_the_paper_settings(name, setup, monkeypatch):
 
 
 @pytest.mark.parametrize("name, dataset, key, value", [
-    *[(name, "kth", "loss", "l1+l2") for name in train.MODELS], *[(name, "taxibj", "patch", 2) for name in train.MODELS],
+    *[(name, "kth", "loss", "l1+l2") for name in train.MODELS],
+    *[(name, "taxibj", "patch", 2) for name in train.MODELS],
     *[(name, "typhoon", "iterations", 100_000) for name in train.MODELS],
     *[(name, "taxibj", "loss", "l1+l2" if name in ("cms_lstm", "moderrnn") else "l2") for name in train.MODELS]])
 def test_a_datasets_own_settings(name, dataset, key, value, monkeypatch):
@@ -460,7 +451,8 @@ def test_epochs_of_fullres(name, dataset, epochs, monkeypatch):
     assert config["iterations"] == epochs * 1001 // 4
 
 
-@pytest.mark.parametrize("other", ["--iterations 79999", "--hidden 32", "--batch 4", "--lr 1e-4", "--quick", "--horizon 5"])
+@pytest.mark.parametrize("other", [
+    "--iterations 79999", "--hidden 32", "--batch 4", "--lr 1e-4", "--quick", "--horizon 5"])
 def test_other_settings_are_not_the_papers(other, monkeypatch):
     assert not paper_settings(monkeypatch, "convlstm", "moving_mnist", *other.split())["as_published"]
 
@@ -537,9 +529,10 @@ def test_list_beside_the_papers(capsys):
 
 def test_an_array_of_ones_own(capsys):
     """Trained, evaluated and forecast from, in the array's own units."""
-    film = (250 + 50 * np.sin(np.arange(60)[:, None, None] / 5 + np.linspace(0, 3, 16)[:, None] + np.zeros(24))).astype(np.float32)
+    waves = np.sin(np.arange(60)[:, None, None] / 5 + np.linspace(0, 3, 16)[:, None] + np.zeros(24))
+    film = (250 + 50 * waves).astype(np.float32)
     np.save("sea.npy", film)
-    own = "convlstm --data sea.npy --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 2 --iterations 3".split()
+    own = ["convlstm", *SMALL, *"--data sea.npy --horizon 2 --iterations 3".split()]
     assert "--normalize" in refused(capsys, *own)
     assert not Path("runs").exists()
     assert run(*own, "--normalize") == 0
@@ -563,7 +556,8 @@ def test_predict(shape, capsys):
     assert run("--predict", "runs/a", "--data", "mine.npy", "--horizon", 4) == 0
     assert run("--predict", "runs/a", "--data", "mine.npy") == 0                # nothing is overwritten
     four, three = np.load("runs/a/predict-mine-1.npy"), np.load("runs/a/predict-mine-2.npy")
-    assert four.dtype == np.uint8 and four.shape == {3: (4, 64, 64), 4: (4, 1, 64, 64), 5: (2, 4, 1, 64, 64)}[len(shape)]
+    shapes = {3: (4, 64, 64), 4: (4, 1, 64, 64), 5: (2, 4, 1, 64, 64)}
+    assert four.dtype == np.uint8 and four.shape == shapes[len(shape)]
     assert Path("runs/a/predict-mine-1.png").read_bytes().startswith(b"\x89PNG")
     model = convlstm.ConvLSTM(hidden=4, layers=2, kernel=3)
     model.load_state_dict(torch.load("runs/a/last.pt", weights_only=True)["model"])
