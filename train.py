@@ -18,8 +18,8 @@ run goes on bit for bit. Nothing here knows a model's inside: a model file is pi
 
     file ──data.py──▶ clips ──the step──▶ model ──evaluation──▶ metrics.py: scores, table, pictures ──▶ runs/NAME
 
-Sections: settings; the step; the loop; the step on CUDA; evaluation; runs; commands; figures; command line; the machine;
-processes, signals, messages.
+Sections: settings; the step; the loop; the step on CUDA; evaluation; runs; commands; figures; command line;
+the machine; processes, signals, messages.
 """
 
 import os
@@ -382,7 +382,7 @@ class HandOn(torch.autograd.Function):
 
     A weight that T steps read has T gradients, which autograd adds up one by one: a kernel for each weight and step, in
     the type in which it is read. Here those of all weights of a step arrive together, and one kernel adds them, in
-    fp32, to the sum over the later steps.
+    fp32, to the sum over the later steps. Kernels that a model makes of weights before its steps are not among them.
 
     Called with n, n weights as the step reads them, and the n weights or what the step before handed on; returns both.
     """
@@ -457,7 +457,7 @@ def weights_handed_on(model, config):
         yield
     finally:
         del model.step
-        handed = weights            # --recompute calls it again, for values alone
+        handed = weights            # --recompute calls it again, and what that hands on leads nowhere
 
 
 class Graph:
@@ -527,19 +527,23 @@ class Step:
 
     def eager(self, **other):
         """The step, kernel by kernel, with `other` settings where given."""
+        loss = self.take(self.frames, other)
+        if self.config["reverse"]:
+            loss = (loss + self.take(self.frames.flip(1), other)) / 2
+        return loss
+
+    def take(self, frames, other):
+        """train_step; where a compiled one fails it has done nothing, and is taken as it is, as are all that follow."""
         config = self.config | other
         try:
-            loss = train_step(self.model, self.optimizer, self.frames, self.mask, config)
-            if config["reverse"]:
-                loss = (loss + train_step(self.model, self.optimizer, self.frames.flip(1), self.mask, config)) / 2
-            return loss
+            return train_step(self.model, self.optimizer, frames, self.mask, config)
         except Exception as error:              # no compiler, for one; what else is wrong shows itself again below
             if not config.get("compile") or out_of_memory(error):
                 raise
             problem = " ".join(str(error).split("\n")[:2]).strip()
         say(f"not compiled: {problem}")
         self.config = self.config | dict(compile=False)
-        return self.eager()
+        return self.take(frames, other)
 
     def record(self):
         """Take the step eagerly, not compiled, and, from the same state, by a graph, which stays if both end alike."""
@@ -620,8 +624,9 @@ def scores_of(clips, frames, predictions, horizon):
 
     Yields (name, predictions, the slice of the frames that they predict, metrics.frame_scores).
     """
-    there = ~frames.isnan() if clips.masked else None           # where there are data
-    frames = frames.nan_to_num(0.0) if clips.masked else frames
+    there = None                                # where there are data; None for everywhere
+    if clips.masked:
+        frames, there = frames.nan_to_num(0.0), ~frames.isnan()
     last, future = slice(-horizon, None), frames[:, -horizon:]
     shown = {"forecast": (predictions[:, last], last), "all_predictions": (predictions, slice(1, None)),
              "repeat_last": (frames[:, -horizon - 1, None].expand_as(future), last),

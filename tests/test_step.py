@@ -15,10 +15,11 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -372,12 +373,11 @@ def test_pixels_without_data_by_hand(kind):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.grad.numel() > 1)
 
 
-TINY = ("convlstm --data moving_digits --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 3 --iterations 12 "
-        "--eval-every 5 --save-every 4 --eval-sequences 3").split()
+TINY = ["convlstm", *SMALL, *"--iterations 12 --eval-every 5 --save-every 4 --eval-sequences 3".split()]    # on the CPU
 
 
 def run(*arguments, status=0):
-    assert train.main([str(a) for a in arguments]) == status
+    assert conftest.run(*arguments) == status
 
 
 def outcome(folder):
@@ -405,16 +405,16 @@ def interrupted_at(iteration):
 def test_runs_with_a_graph_and_without_are_the_same_run(as_on_cuda, monkeypatch, tmp_path, capsys):
     """Interrupted ones too, whichever way they go on: checkpoints, log and results are bit for bit the same."""
     monkeypatch.chdir(tmp_path)
-    plain, device, folder = STEP, "--device cpu".split(), tmp_path / "runs"
+    plain, folder = STEP, tmp_path / "runs"
     with_graph = lambda kind: lambda model, config, device: kind(model, config, CUDA)
-    run(*TINY, *device, "--name", "plain")
+    run(*TINY, "--name", "plain")
     monkeypatch.setattr(train, "Step", with_graph(plain))
-    run(*TINY, *device, "--name", "graph")
+    run(*TINY, "--name", "graph")
     assert Again.replays == 12 - 2
     assert_same(outcome(folder / "graph"), outcome(folder / "plain"))
     for first, then, name in ((with_graph, lambda kind: kind, "away"), (lambda kind: kind, with_graph, "back")):
         monkeypatch.setattr(train, "Step", first(interrupted_at(7)))
-        run(*TINY, *device, "--name", name, status=143)
+        run(*TINY, "--name", name, status=143)
         monkeypatch.setattr(train, "Step", then(plain))
         run("--resume", folder / name)
         assert_same(outcome(folder / name), outcome(folder / "plain"))
@@ -542,19 +542,36 @@ def test_what_cannot_be_compiled_is_launched_kernel_by_kernel(monkeypatch, capsy
 def test_a_run_of_compiled_steps(compiles, monkeypatch, tmp_path, capsys):
     """The run that it is without; the option is for CUDA, and a run that moves away from there goes on without it."""
     monkeypatch.chdir(tmp_path)
-    arguments, folder = [*TINY, "--device", "cpu"], tmp_path / "runs"
-    run(*arguments, "--name", "plain")
+    folder = tmp_path / "runs"
+    run(*TINY, "--name", "plain")
     with monkeypatch.context() as patch:
         patch.setattr(train, "Step", lambda model, config, device: STEP(model, config | dict(compile=True), device))
-        run(*arguments, "--name", "compiled")
+        run(*TINY, "--name", "compiled")
     assert len(compiles) == 2
     a, b = outcome(folder / "plain"), outcome(folder / "compiled")
     for x, y in zip(a[1] + a[2], b[1] + b[2], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
-    run(*arguments, "--compile", status=2)
+    run(*TINY, "--compile", status=2)
     run("--resume", folder / "plain", "--iterations", 14, "--compile")
     assert "--compile spares CUDA launches" in capsys.readouterr().err and len(compiles) == 2
     assert not json.loads((folder / "plain/config.json").read_text())["compile"]
+
+
+def test_what_fails_in_the_reversed_half_is_not_taken_twice(monkeypatch, capsys):
+    """Of a step that is two optimiser steps, the one that a compiled step fails in is taken again, and it alone."""
+    take, calls = train.train_step, []
+
+    def fails_second(model, optimizer, frames, mask, config):
+        calls.append(config.get("compile"))
+        if len(calls) == 2:
+            raise RuntimeError("compiled anew, in vain")
+        return take(model, optimizer, frames, mask, config | dict(compile=False))
+
+    monkeypatch.setattr(train, "train_step", fails_second)
+    found = trained(train.Step(small(), settings(compile=True), CPU), 2)
+    monkeypatch.setattr(train, "train_step", take)
+    assert calls == [True, True, False, False, False] and "in vain" in capsys.readouterr().out
+    assert_same(found, trained(train.Step(small(), settings(), CPU), 2))
 
 
 # ---------------------------------------------------------------------------------------------------------- with a GPU
