@@ -18,8 +18,8 @@ run goes on bit for bit. Nothing here knows a model's inside: a model file is pi
 
     file ──data.py──▶ clips ──the step──▶ model ──evaluation──▶ metrics.py: scores, table, pictures ──▶ runs/NAME
 
-Sections: settings; the step; the loop; the step on CUDA; evaluation; runs; commands; figures; command line;
-the machine; processes, signals, messages.
+Sections: a run, its settings; the step; the loop; the step on CUDA; evaluation; runs on the disk; commands; figures;
+command line; the machine; processes, signals, messages.
 """
 
 import os
@@ -66,7 +66,7 @@ MASK_STREAM = 16                    # of data.draws, for scheduled sampling
 EVAL_BATCH = 16                     # sequences at a time, where they fit; fixed: an evaluation repeats to the bit
 
 
-# --------------------------------------------------------------------------------------------------- a run, its settings
+# ------------------------------------------------------------------------------------------------- a run, its settings
 
 @dataclass
 class Run:
@@ -324,7 +324,7 @@ class Log:
 
     def __init__(self, run):
         self.config, self.folder, self.plain_at = run.config, run.folder, 0.0
-        self.losses = torch.zeros(run.config["log_every"], device=run.device)       # of the iterations since the last line
+        self.losses = torch.zeros(run.config["log_every"], device=run.device)       # since the last line
         self.start, self.logged, self.begun, rows = run.iteration, 0, time.monotonic(), []
         self.path = run.folder / "log.csv"
         if before := run.checkpoint:
@@ -555,8 +555,8 @@ class Step:
     def record(self):
         """Take the step eagerly, not compiled, and, from the same state, by a graph, which stays if both end alike.
 
-        Alike: the loss to 0.1 %, and apart by a quarter of the step at most all weights together and each moment of each
-        weight alone (a weight itself may not be: Adam takes a whole step along a gradient that is mere rounding).
+        Alike: the loss to 0.1 %, and apart by a quarter of the step at most all weights together and each moment of
+        each weight alone (a weight alone may not be: Adam takes a whole step along a gradient that is mere rounding).
         """
         def distances(a, b):
             each = torch.stack(torch._foreach_norm(torch._foreach_sub(a, b)))
@@ -575,8 +575,8 @@ class Step:
             if torch.allclose(replayed, loss, rtol=1e-3) and alike.all():
                 self.graph = graph
                 return loss
-            problem = (f"its first replay gives loss {replayed:.6g} and the eager step {loss:.6g}; of {len(alike)} norms "
-                       f"of weights and moments {int((~alike).sum())} differ")
+            problem = (f"its first replay gives loss {replayed:.6g} and the eager step {loss:.6g}; of {len(alike)} "
+                       f"weights and moments {int((~alike).sum())} differ")
         except RuntimeError as error:           # out of memory is one
             problem = str(error.__context__ or error).partition("\n")[0]    # ending a broken recording raises anew
         torch._foreach_copy_(state, after)
@@ -651,6 +651,11 @@ def scores_of(clips, frames, predictions, horizon):
                                                    None if there is None else there[:, at, :channels])
 
 
+def joined(scores):
+    """Scores of the batches of a set, {name: (b, T)} each, as those of the set, on the CPU."""
+    return {name: torch.cat([batch[name] for batch in scores]).cpu() for name in scores[0]}
+
+
 def validate(run, stop):
     """The forecast's mean MSE over some of the validation set; None if the user asks to stop meanwhile."""
     scores, horizon = [], run.config["horizon"]
@@ -686,16 +691,14 @@ def evaluate(run, stop, piece=EVAL_BATCH):
                 sums["errors", name] += metrics.unit_errors(made, truth, there)
                 if clips.thresholds:
                     sums["events", name] += metrics.event_counts(made, truth, clips.thresholds, there)
-    scores = {name: {k: torch.cat([part[k] for part in parts]).cpu() for k in parts[0]}
-              for name, parts in scores.items()}
+    scores = {name: joined(parts) for name, parts in scores.items()}
     sums = {name: values.cpu() for name, values in sums.items()}
-    scores, sums, pieces = (processes.from_all(found) for found in (scores, sums, forecast.piece))
+    scores, sums, pieces = zip(*processes.from_all((scores, sums, forecast.piece)))
     summaries, total = {}, Counter()
     for part in sums:
         total.update(part)
     for name in scores[0]:
-        parts = [part[name] for part in scores if name in part]
-        summaries[name] = metrics.summarize({k: torch.cat([part[k] for part in parts]) for k in parts[0]})
+        summaries[name] = metrics.summarize(joined([part[name] for part in scores if name in part]))
         if ("errors", name) in total:
             summaries[name] |= metrics.unit_summary(total["errors", name])
         if ("events", name) in total:
@@ -713,9 +716,9 @@ def finish(run, stop, suffix=""):
     if not processes.first:
         return
     about = {name: config[name] for name in ("model", "variant", "setup", "frames_in", "precision")}
-    write_json(path, dict(
-        **about, data=clips.name, test_set=clips.test_set, sequences=number, horizon=clips.test_horizon, unit=clips.unit,
-        iteration=run.iteration, weights=run.weights, eval_batch=piece, validation=run.validation, **summaries))
+    about |= dict(data=clips.name, test_set=clips.test_set, sequences=number, horizon=clips.test_horizon,
+                  unit=clips.unit, iteration=run.iteration, weights=run.weights, eval_batch=piece)
+    write_json(path, about | dict(validation=run.validation, **summaries))
     picture = data.write_whole(run.folder / f"forecast{suffix}.png", metrics.png(film_strip(run)))
     # MS-LSTM's released code has PSNR and SSIM of its own; the table shows those that the papers of the set-up report.
     own = {"psnr": "psnr_float", "ssim": "ssim_gaussian"} if config["setup"] == "fullres" else {}
@@ -766,7 +769,7 @@ def in_units(clips, start, frames, forecast):
     return frames.float().cpu(), forecast.float().cpu()
 
 
-# --------------------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------------- runs on the disk
 
 def new_folder(args, config, clips):
     """Make the folder of a new run: --out/--name, or --out/model-variant-data-N with the first N that is free."""
@@ -1130,7 +1133,7 @@ def figures_of(run, results):
     with Stop() as stop:
         scores = [next(scores_of(clips, frames, predictions, horizon))[3] for _, frames, predictions in batches(
             clips.test, results["sequences"], horizon, Forecaster(run.model, run.config), run.device, stop)]
-    ranked = metrics.ranked({name: torch.cat([batch[name] for batch in scores]).cpu() for name in scores[0]})
+    ranked = metrics.ranked(joined(scores))
     films, median = [], ranked["median"][0]
     for name, (number, mse) in ranked.items():
         truth, forecast, *_ = shown_forecast(run, number)

@@ -306,7 +306,7 @@ def no_number(graph):
     (failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")), "out of memory"),
     (wrong(lambda graph: graph.work() * 1.01), "first replay"), (wrong(stale), "first replay"),
     (wrong(half_trained), "first replay"), (wrong(other_rate), "first replay"), (wrong(no_number), "first replay"),
-    (wrong(one_bias), "moments 1 differ"),
+    (wrong(one_bias), "weights and moments 1 differ"),
     (wrong(lambda graph: torch.tensor(torch.nan)), "first replay"),
     (wrong(lambda graph: train.frame_loss(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), "l2")), "first replay"),
 ])
