@@ -1295,7 +1295,8 @@ def parser():
           ("precision", "arithmetic (default: bf16 on CUDA, fp32 on the CPU)", dict(choices=("fp32", "tf32", "bf16"))),
           ("recompute", "keep little but the states for the backward pass: less memory, more time", flag),
           ("no-graph", "CUDA: launch every kernel instead of replaying a recorded step", flag),
-          ("compile", "CUDA: fuse a step's kernels by torch.compile: minutes at first, then half the launches", flag))
+          ("compile", "CUDA: fuse a step's kernels by torch.compile: minutes at each start, then half the launches",
+           flag))
     group("output",
           ("out", "where runs go (default: runs)", text("DIR")),
           ("name", "the run's name (default: model, variant, data and a running number)", text("NAME")),
