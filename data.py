@@ -77,9 +77,12 @@ class Clips:
     checksum      of a sample of the data themselves
     """
 
-    unit, thresholds, notes = None, (), ()
+    unit, thresholds, notes, checksum = None, (), (), None
     masked = own = False
-    checksum = None
+
+    def _clips(self, part, which, device):
+        """What a dataset gives: clips of "train", "valid" or "test", `which` an array of numbers or a slice."""
+        raise NotImplementedError
 
     def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
         """The training batch of an iteration: float32 (b, frames_in + horizon, C, H, W) in [0, 1].
@@ -87,15 +90,15 @@ class Clips:
         A pure function of (seed, iteration, batch); `share` cuts rows out of the whole batch, for one of several
         processes.
         """
-        raise NotImplementedError
+        return self._clips("train", fixed_order(seed, iteration, batch, self.train_count)[share], device)
 
     def valid(self, start, stop, device="cpu"):
         """Clips start … stop - 1 of the fixed validation set, cut from the training side, shaped as in `train`."""
-        raise NotImplementedError
+        return self._clips("valid", slice(start, stop), device)
 
     def test(self, start, stop, device="cpu"):
         """Clips start … stop - 1 of the fixed test set: float32 (b, frames_in + test_horizon, C, H, W) in [0, 1]."""
-        raise NotImplementedError
+        return self._clips("test", slice(start, stop), device)
 
     def test_units(self, start, stop, device="cpu"):
         """The clips of `test` in the data's own units as they are stored, not by way of pixels: floats."""
@@ -262,26 +265,20 @@ class MovingDigits(Clips):
                         "test": _pad(test_digits)}
         self.checksum = checksum_of(train_digits, test_digits, *([] if self.standard is None else [self.standard]))
         self._on_device = {}
-        if self.train_count:
-            self._train_table = draws(TRAIN, FIXED_SEED, 0, self.train_count, DRAWS_PER_SEQUENCE)
-        self._tables = {"valid": draws(VALID, FIXED_SEED, 0, self.valid_count, DRAWS_PER_SEQUENCE),
-                        "test": draws(TEST, FIXED_SEED, 0, self.test_count, DRAWS_PER_SEQUENCE)}
+        self._tables = {part: draws(stream, FIXED_SEED, 0, count, DRAWS_PER_SEQUENCE) for part, stream, count in
+                        (("train", TRAIN, self.train_count or 0), ("valid", VALID, self.valid_count),
+                         ("test", TEST, self.test_count))}
 
     def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
         if self.train_count:
-            raw = self._train_table[fixed_order(seed, iteration, batch, self.train_count)[share]]
-        else:
-            raw = draws(TRAIN, seed, iteration, batch, DRAWS_PER_SEQUENCE)[share]
-        return self._film("train", raw, device)
+            return super().train(seed, iteration, batch, share, device)
+        return self._film("train", draws(TRAIN, seed, iteration, batch, DRAWS_PER_SEQUENCE)[share], device)
 
-    def valid(self, start, stop, device="cpu"):
-        return self._film("valid", self._tables["valid"][start:stop], device)
-
-    def test(self, start, stop, device="cpu"):
-        if self.standard is None:
-            return self._film("test", self._tables["test"][start:stop], device)
-        frames = self.standard[:self.frames_in + self.horizon, start:stop].swapaxes(0, 1)
-        return _over_255(torch.from_numpy(np.ascontiguousarray(frames))[:, :, None].to(device))
+    def _clips(self, part, which, device):
+        if part == "test" and self.standard is not None:
+            frames = self.standard[:self.frames_in + self.horizon, which].swapaxes(0, 1)
+            return _over_255(torch.from_numpy(np.ascontiguousarray(frames))[:, :, None].to(device))
+        return self._film(part, self._tables[part][which], device)
 
     def _film(self, part, raw, device):
         key = part, str(device)
@@ -624,31 +621,22 @@ class Windows(Clips):
 
     frames: (N, C, H, W) of numbers, memory-mapped. starts: {"train": …, "valid": …, "test": …}, the numbers of the
     windows' first frames, int64. scale: from the array's values to pixels. order: where the array is not in the order
-    of time, the places of its frames in that order, in which starts count. The rest as in `Clips`.
+    of time, the places of its frames in that order, in which starts count. layout: of a user's file, one of LAYOUTS.
+    The rest as in `Clips`.
     """
 
     def __init__(self, name, frames, starts, frames_in, horizon, test_horizon=None, scale=LEVELS, test_set="",
-                 order=None, unit=None, thresholds=(), masked=False, own=False, notes=()):
+                 order=None, unit=None, thresholds=(), masked=False, own=False, notes=(), layout=None):
         self.name, self.array, self.starts, self.scale, self.order = printable(name), frames, starts, scale, order
         self.unit, self.thresholds, self.masked, self.own = unit, tuple(thresholds), masked, own
-        self.notes, self.checksum = [printable(note) for note in notes], checksum_of(frames)
+        self.notes, self.checksum, self.layout = [printable(note) for note in notes], checksum_of(frames), layout
         self.frames_in, self.horizon, self.test_horizon = frames_in, horizon, test_horizon or horizon
         self.channels, self.size = frames.shape[1], tuple(frames.shape[2:])
         self.train_count, self.valid_count, self.test_count = (len(starts[key]) for key in ("train", "valid", "test"))
         self.test_set = printable(f"{name}, {self.test_count} sequences{test_set and ', '}{test_set}")
 
-    def train(self, seed, iteration, batch, share=slice(None), device="cpu"):
-        which = fixed_order(seed, iteration, batch, self.train_count)[share]
-        return self._pixels(self._stored("train", which, self.horizon, device))
-
-    def valid(self, start, stop, device="cpu"):
-        return self._pixels(self._stored("valid", slice(start, stop), self.horizon, device))
-
-    def test(self, start, stop, device="cpu"):
-        return self._pixels(self._stored("test", slice(start, stop), self.test_horizon, device))
-
     def test_units(self, start, stop, device="cpu"):
-        values = self._stored("test", slice(start, stop), self.test_horizon, device)
+        values = self._stored("test", slice(start, stop), device)
         return values if values.is_floating_point() else values.double()    # in its type 0.7 is 0.7
 
     def to_units(self, frames):
@@ -657,9 +645,23 @@ class Windows(Clips):
     def info(self):
         return {**super().info(), "scale": self.scale.note()}
 
-    def _stored(self, part, which, horizon, device):
+    def as_file(self, forecast):
+        """A forecast of all test clips, (M, K, C, H, W), clipped to [0, 1], in units, dtype and layout of the file.
+
+        Where each film has a file of its own, an axis M stands in front.
+        """
+        values, dtype = self.to_units(forecast.detach().cpu().double().clamp(0, 1)).numpy(), self.array.dtype
+        values = values if dtype.kind == "f" else np.rint(values)
+        if dtype.kind != "b":
+            limits = (np.finfo if dtype.kind == "f" else np.iinfo)(dtype)
+            values = values.clip(limits.min, limits.max)
+        values = np.moveaxis(values, 2, -1) if self.layout[-1] == "C" else values
+        values = values if "C" in self.layout else values[:, :, 0]
+        return (values if self.layout[0] == "M" or len(values) > 1 else values[0]).astype(dtype)
+
+    def _stored(self, part, which, device):
         """Windows (b, T, C, H, W) on the device, their values as stored; through pinned memory, so nothing waits."""
-        starts, length = self.starts[part][which], self.frames_in + horizon
+        starts, length = self.starts[part][which], self.frames_in + (self.horizon, self.test_horizon)[part == "test"]
         on_cuda = torch.device(device).type == "cuda"
         values = torch.empty((len(starts), length, *self.array.shape[1:]), dtype=torch_dtype(self.array.dtype),
                              pin_memory=on_cuda)
@@ -668,7 +670,8 @@ class Windows(Clips):
             window[:] = self.array[places if self.order is None else self.order[places]]
         return values.to(device, non_blocking=on_cuda)
 
-    def _pixels(self, values):
+    def _clips(self, part, which, device):
+        values = self._stored(part, which, device)
         return _over_255(values) if self.scale is LEVELS else self.scale.to_network(values)
 
 
@@ -1032,26 +1035,6 @@ def _starts(films, length, stride=1, first=0, stop=sys.maxsize):
                            for at, end in films])
 
 
-class OwnWindows(Windows):
-    """Windows of a user's frames; layout: of the file, one of LAYOUTS."""
-
-    layout = None
-
-    def as_file(self, forecast):
-        """A forecast of all test clips, (M, K, C, H, W), clipped to [0, 1], in units, dtype and layout of the file.
-
-        Where each film has a file of its own, an axis M stands in front.
-        """
-        values, dtype = self.to_units(forecast.detach().cpu().double().clamp(0, 1)).numpy(), self.array.dtype
-        values = values if dtype.kind == "f" else np.rint(values)
-        if dtype.kind != "b":
-            limits = (np.finfo if dtype.kind == "f" else np.iinfo)(dtype)
-            values = values.clip(limits.min, limits.max)
-        values = np.moveaxis(values, 2, -1) if self.layout[-1] == "C" else values
-        values = values if "C" in self.layout else values[:, :, 0]
-        return (values if self.layout[0] == "M" or len(values) > 1 else values[0]).astype(dtype)
-
-
 def _no_empty_window(path, frames, ranges, starts, length):
     """DataError if a window has no data at all."""
     empty = np.cumsum(np.r_[0, (ranges[..., 2] == math.prod(frames.shape[2:])).all(1)])
@@ -1124,11 +1107,9 @@ def open_own(path, data_dir="data", frames_in=None, horizon=None, normalize=None
         scale, notes = _given_scale(path, frames, ranges, normalize, scale)
     notes = _how_read(path, frames, ranges, index, starts, length, what) + notes
     name = "_".join(filter(None, (path.resolve().stem, path.suffix[1:])))
-    clips = OwnWindows(name, frames, starts, frames_in, horizon, scale=scale, unit=unit, thresholds=thresholds,
-                       masked=bool(ranges[..., 2].any()), own=True, notes=notes,
-                       test_set=f"frames {starts['test'][0]} to {starts['test'][-1] + length - 1} of {path.name}")
-    clips.layout = index["layout"]
-    return clips
+    return Windows(name, frames, starts, frames_in, horizon, scale=scale, unit=unit, thresholds=thresholds,
+                   masked=bool(ranges[..., 2].any()), own=True, notes=notes, layout=index["layout"],
+                   test_set=f"frames {starts['test'][0]} to {starts['test'][-1] + length - 1} of {path.name}")
 
 
 def open_test(path, data_dir, info, options=None, horizon=None, any_size=False, use="test"):
