@@ -772,16 +772,8 @@ def own_frames(path, data_dir, layout=None, channels=None, colour=False):
             frames = array.reshape(-1, *array.shape[-3:])
         index = {"films": _films(0, len(frames), axes, shape), "layout": axes, "test": None, "notes": []}
     else:
-        made = [place for place in (folder, *folder.parents) if not place.exists()]
-        _folder(folder)
-        try:
-            frames, index = unpack_once(folder, sources, None, None, lambda writer: _unpack_own(
-                writer, path, sources, kind, layout, channels), f"{layout} {channels}")
-        except DataError:
-            with contextlib.suppress(OSError):
-                for place in made:
-                    place.rmdir()
-            raise
+        frames, index = unpack_once(folder, sources, _own_pieces(path, sources, kind, layout, channels),
+                                    f"{layout} {channels}")
     how = f"read as {index['layout']}" if arrays else f"read by ffmpeg as 8-bit {'colour' if channels == 3 else 'grey'}"
     how += "; --layout MTHW takes the first axis for films" * (layout is None and index["layout"] == "NCHW")
     notes = [f"{len(passed)} files passed over, such as {passed[0]}"] if passed else []
@@ -794,26 +786,28 @@ def _films(first, stop, axes="N", shape=()):
     return [[at, at + length] for at in range(first, stop, length)]
 
 
-def _unpack_own(writer, path, sources, kind, layout, channels):
-    """Append the frames of all files of a kind. The index: see `own_frames`."""
+def _own_pieces(path, sources, kind, layout, channels):
+    """The frames of all files of a kind, some (n, C, H, W) at a time. The index: see `own_frames`."""
     index = {"films": [], "layout": "NHW" if channels == 1 else "NHWC", "test": None, "notes": []}
+    count, form = 0, None
 
-    def add(pieces, label, *about):
-        first = writer.count
+    def alike(pieces, label, *about):
+        nonlocal count, form
+        first = count
         for piece in pieces:
-            if writer.shape is None:
-                writer.dtype, writer.shape = piece.dtype, piece.shape[1:]
-            if (piece.dtype, piece.shape[1:]) != (writer.dtype, writer.shape):
+            form = form or (piece.shape[1:], piece.dtype)
+            if (piece.shape[1:], piece.dtype) != form:
                 raise DataError(f"{label} has frames {piece.shape[1:]} of {piece.dtype}, those before it are "
-                                f"{writer.shape} of {writer.dtype}: they must be alike")
-            writer.add(piece)
+                                f"{form[0]} of {form[1]}: they must be alike")
+            yield piece
+            count += len(piece)
             bar.update(len(piece))
-        index["films"] += _films(first, writer.count, *about)
+        index["films"] += _films(first, count, *about)
 
-    def add_array(file, size, label):
+    def array(file, size, label):
         shape, dtype = _header(file, label)
         index["layout"] = axes = _layout(shape, layout, label)
-        add(_pieces(file, size, label, shape, dtype, axes.lstrip("NMT")), label, axes, shape)
+        yield from alike(_pieces(file, size, label, shape, dtype, axes.lstrip("NMT")), label, axes, shape)
 
     with progress(desc=f"unpacking {printable(path.name)}", unit="frame") as bar:
         if kind == ".npz":
@@ -827,18 +821,18 @@ def _unpack_own(writer, path, sources, kind, layout, channels):
                 for name in parts:
                     if parts == ["train", "test"] and name == "test":
                         index["test"] = len(index["films"])
-                    with archive.open(f"{name}.npy") as array:
-                        add_array(array, archive.getinfo(f"{name}.npy").file_size, f"{path} ({name})")
+                    with archive.open(f"{name}.npy") as member:
+                        yield from array(member, archive.getinfo(f"{name}.npy").file_size, f"{path} ({name})")
         elif kind in IMAGES:
-            add(_images(sources, channels, index["notes"]), path)
+            yield from alike(_images(sources, channels, index["notes"]), path)
         else:
             for source in sources:
                 with reading(source) as file:
                     if kind == ".npy":
-                        add_array(file, source.stat().st_size, source)
+                        yield from array(file, source.stat().st_size, source)
                     else:
-                        add(_decoded(source, channels, index["notes"]), source)
-    return index
+                        yield from alike(_decoded(source, channels, index["notes"]), source)
+    yield index
 
 
 def _pieces(file, size, label, shape, dtype, axes):
@@ -1135,79 +1129,76 @@ def open_films(path, data_dir, info, options=None, any_size=False):
 
 # --------------------------------------------------------------------------- datasets unpacked once into one long array
 
-FRAMES = r"frames-[0-9a-f]{12}\.(npy|json)"    # the names under which unpacking writes an array and its index
+KEPT = r"-[0-9a-f]{12}\.(npy|json)"    # after their kind, the names of what `unpack_once` writes: an array and its index
 
 
-class FrameWriter:
-    """Frames appended to an open .npy file whose length nobody knows before its end. dtype, shape: of a frame."""
+def unpack_once(folder, sources, pieces, about="", kind="frames"):
+    """What is made of files once, and kept in `folder` as one memory-mapped array: (array, index).
 
-    def __init__(self, file, dtype, shape):
-        self.file, self.dtype, self.shape = file, dtype and np.dtype(dtype), shape and tuple(shape)
-        self.restart()
-
-    def restart(self):
-        """Forget every frame."""
-        self.count = 0
-        self.file.seek(0)
-        self.file.truncate()
-        self.file.write(bytes(128))
-
-    def add(self, frames):
-        """Append frames (n, *shape)."""
-        self.file.write(np.ascontiguousarray(frames, self.dtype).reshape(-1, *self.shape).data)
-        self.count += len(frames)
-
-    def finish(self):
-        """Write the header, padded to its 128 bytes."""
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, {"descr": np.lib.format.dtype_to_descr(self.dtype),
-                                                         "fortran_order": False, "shape": (self.count, *self.shape)})
-
-
-def unpack_once(folder, sources, dtype, shape, write, about=""):
-    """The frames of a dataset, unpacked from its files into one memory-mapped array: (array, index).
-
-    sources: the files that they come from. write(writer): called if they were not unpacked yet, or have another size or
-    time now; it adds the frames to a `FrameWriter` and returns the index, JSON-safe. What was unpacked counts only if
-    it is whole, with its index. Where no source is left, what was unpacked before is used; None where there is nothing
-    at all. about: what else the result depends on.
+    sources: the files that it is made of. pieces: a generator, run only if nothing whole is kept of these files, their
+    sizes and times. It yields arrays (n, …) of one type and shape, None to forget what came before, and at last the
+    index, a dict, JSON-safe. Where no source is left, what was made before is taken; None where there is nothing at
+    all. about: what else the result depends on. kind: the first part of the kept files' names.
     """
     if not sources:
-        before = (_unpacked_before(folder / name, about) for name in _listed(folder, FRAMES) if name.endswith(".npy"))
+        before = (_kept(folder / name, about) for name in _listed(folder, kind + KEPT) if name.endswith(".npy"))
         return next(filter(None, before), None)
+
+    def write(file):
+        index = _write_pieces(file, pieces, about)
+        write_whole(path.with_suffix(".json"), json.dumps(index).encode())    # first: no array is without its index
+
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
+        _folder(folder)
         stats = [(str(path.relative_to(folder) if path.is_relative_to(folder) else path), path.stat())
                  for path in sources]
         state = [about, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
-        path = folder / f"frames-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.npy"
-        with alone_in(folder, FRAMES):
-            return _unpacked_before(path, about) or _unpack(path, dtype, shape, write, about)
+        path = folder / f"{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.npy"
+        with alone_in(folder, kind + KEPT):
+            if found := _kept(path, about):
+                return found
+            try:
+                write_whole(path, write)
+            except PermissionError:    # Windows, where nobody waits: another process made it meanwhile and has it mapped
+                if not _kept(path, about):
+                    raise
+            for old in (folder / name for name in _listed(folder, kind + KEPT)):
+                if old.suffix == ".json" and old.stem != path.stem and (_index(old) or {}).get("about") == about:
+                    remove(old.with_suffix(".npy"), old)
+            return _kept(path, about)
     except OSError as error:
         why = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
         raise DataError(f"cannot unpack into {folder}: {why}") from None
+    finally:
+        with contextlib.suppress(OSError):    # what holds something stays
+            for place in made:
+                place.rmdir()
 
 
-def _unpack(path, dtype, shape, write, about):
-    def content(file):
-        writer = FrameWriter(file, dtype, shape)
-        index = write(writer) | {"about": about}
-        writer.finish()
-        index["array"] = [writer.dtype.str, writer.count, *writer.shape]
-        index["check"] = _check(index)
-        write_whole(path.with_suffix(".json"), json.dumps(index).encode())    # first: no array is without its index
+def _write_pieces(file, pieces, about):
+    """Write what the generator of `unpack_once` yields as an .npy file. Returns the index, with its own check."""
+    count = 0
+    file.write(bytes(128))
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            if piece is None:
+                file.seek(128)
+                file.truncate()
+                count = 0
+            elif isinstance(piece, dict):
+                index = piece
+            else:
+                file.write(np.ascontiguousarray(piece).data)
+                count, shape, dtype = count + len(piece), piece.shape[1:], piece.dtype
+    file.seek(0)    # the header, now that the length is known, padded to its 128 bytes
+    np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
+                                                "shape": (count, *shape)})
+    index |= {"about": about, "array": [dtype.str, count, *shape]}
+    return index | {"check": _check(index)}
 
-    try:
-        write_whole(path, content)
-    except PermissionError:    # Windows, where processes do not wait for each other: one has mapped its array already
-        if not _unpacked_before(path, about):
-            raise
-    for old in (path.with_name(name) for name in _listed(path.parent, FRAMES)):
-        if old.suffix == ".json" and old.stem != path.stem and (_index(old) or {}).get("about") == about:
-            remove(old.with_suffix(".npy"), old)
-    return _unpacked_before(path, about)
 
-
-def _unpacked_before(path, about):
+def _kept(path, about):
     """(array, index) of an array that is whole and depends on the same, or None."""
     index = _index(path.with_suffix(".json"))
     with contextlib.suppress(DataError):
@@ -1238,7 +1229,7 @@ def _listed(folder, names, others=None):
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from None
     if others is not None:
-        others += [name for name in there if not re.fullmatch(f"{names}|{FRAMES}", name)]
+        others += [name for name in there if not re.fullmatch(f"{names}|(frames|ranges){KEPT}", name)]
     return [name for name in there if re.fullmatch(names, name)]
 
 
@@ -1320,19 +1311,19 @@ def open_taxibj(folder, setup="patch4", frames_in=None, horizon=None):
         raise DataError(f"{folder} lacks {', '.join(path.name for path in files if path not in there)}: all four files "
                         f"are needed")
     clips = [packed] if packed.exists() else []
-    days = None if clips and not there else unpack_once(
-        folder, there, "<f4", (2, 32, 32), lambda writer: _unpack_taxibj(writer, there), "h5")
-    frames, index = days or unpack_once(folder, clips, "<f4", (2, 32, 32), lambda writer: _unpack_taxibj_npz(
-        writer, packed), "npz") or _nothing_to_read("taxibj", folder)
+    days = None if clips and not there else unpack_once(folder, there, _taxibj_days(there), "h5")
+    frames, index = (days or unpack_once(folder, clips, _taxibj_clips(packed), "npz")
+                     or _nothing_to_read("taxibj", folder))
     parts, about = (_taxibj_of_days if days else _taxibj_of_clips)(frames, index, frames_in, horizon)
     if setup == "fullres":
         frames, about["test_set"] = frames[:, :1], f"{about['test_set']}, inflow alone"
     return Windows("taxibj", frames, parts, frames_in, horizon, **about)
 
 
-def _unpack_taxibj(writer, files):
-    """Append the complete days of the four files, negative flows as 0. The index: `runs` of consecutive slots."""
-    runs, dropped, seen = [], 0, {}
+def _taxibj_days(files):
+    """The complete days of the four files, negative flows as 0. The index: `runs` of consecutive slots, `dropped` days.
+    """
+    runs, dropped, seen, count = [], 0, {}, 0
     for path in progress(files, desc="unpacking TaxiBJ"):
         with _hdf5(path) as (_, dataset):
             flows, dates = dataset("data"), dataset("date")
@@ -1353,13 +1344,14 @@ def _unpack_taxibj(writer, files):
                 flow = flows[start:stop].astype(np.float32)
                 if not np.isfinite(flow).all():
                     raise ValueError(f"NaN or infinity in rows {start} to {stop - 1}")
+                yield flow.clip(0, None)
                 if first != after:
-                    runs.append([writer.count, writer.count])
-                writer.add(flow.clip(0, None))
-                runs[-1][1], after = writer.count, first + 48
+                    runs.append([count, count])
+                count, after = count + 48, first + 48
+                runs[-1][1] = count
     if not runs:
         raise DataError(f"{files[0].parent}: not one day with all 48 slots")
-    return {"runs": runs, "dropped": dropped}
+    yield {"runs": runs, "dropped": dropped}
 
 
 def _slot(date):
@@ -1387,9 +1379,10 @@ def _taxibj_of_days(frames, index, frames_in, horizon):
                    "notes": notes}
 
 
-def _unpack_taxibj_npz(writer, path):
-    """Append the clips of X_train, Y_train, X_test, Y_test, each clip's 4 + 4 frames in a row."""
+def _taxibj_clips(path):
+    """The clips of X_train, Y_train, X_test, Y_test, each clip's 4 + 4 frames in a row. The index: their numbers."""
     counts = {}
+    yield np.empty((0, 2, 32, 32), np.float32)    # if there is no clip
     with reading(path) as file, zipfile.ZipFile(file) as archive:
         for part in ("train", "test"):
             with archive.open(f"X_{part}.npy") as before, archive.open(f"Y_{part}.npy") as after:
@@ -1403,10 +1396,10 @@ def _unpack_taxibj_npz(writer, path):
                                            for source in (before, after)]).astype(np.float32)
                     if not (np.abs(clip) < 1 + 1e-6).all():    # a rounding error is none
                         raise ValueError(f"clip {number} of the {part} part goes beyond [-1, 1]")
-                    writer.add(clip)
+                    yield clip
                 if before.read(1) or after.read(1):    # at its end an array is compared with its checksum
                     raise ValueError(f"X_{part} or Y_{part} is longer than it says")
-    return counts
+    yield counts
 
 
 def _taxibj_of_clips(frames, index, frames_in, horizon):
@@ -1437,8 +1430,7 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
     (MS-LSTM): walking, jogging, running, 10 -> 10.
     """
     files = [folder / action / name for action in KTH_ACTIONS for name in _listed(folder / action, r".*\.avi")]
-    frames, index = (unpack_once(folder, files, np.uint8, (1, 128, 128), lambda writer: _unpack_kth(writer, files))
-                     or _nothing_to_read("kth", folder))
+    frames, index = unpack_once(folder, files, _kth_films(files)) or _nothing_to_read("kth", folder)
     ranges = _kth_ranges(folder / "00sequences.txt")
     frames_in = frames_in or 10
     horizon = horizon or 10
@@ -1480,24 +1472,25 @@ def _kth_ranges(path):
     return ranges
 
 
-def _unpack_kth(writer, files):
-    """Append every frame of the films. The index: `films` [name, first frame, frames], `skipped` those not readable."""
+def _kth_films(files):
+    """Every frame of the films. The index: `films` [name, first frame, frames], `skipped` those not readable."""
     if not shutil.which("ffmpeg"):
         raise DataError("KTH's films are read through the program ffmpeg, which is not installed: apt install ffmpeg, "
                         "or see ffmpeg.org")
-    films, skipped = {}, []
+    films, skipped, count = {}, [], 0
     for path in progress(files, desc="unpacking KTH", unit="film"):
         name = re.fullmatch(r"(person\d\d_[a-z]+_d\d).*\.avi", path.name)
         frames = _film(path) if name and name[1] not in films else None
         if frames is None:
             skipped.append(path.name)
         else:
-            films[name[1]] = [name[1], writer.count, len(frames)]
-            writer.add(frames)
+            yield frames
+            films[name[1]] = [name[1], count, len(frames)]
+            count += len(frames)
     if not films:
         raise DataError(f"{files[0].parent.parent}: ffmpeg reads none of the {len(files)} .avi files, such as "
                         f"{files[0].name}")
-    return {"films": [*films.values()], "skipped": skipped}
+    yield {"films": [*films.values()], "skipped": skipped}
 
 
 def _film(path):
@@ -1547,8 +1540,7 @@ def open_germany(folder, setup="patch4", frames_in=None, horizon=None):
     packed = (folder / "RYDL.hdf5").exists()
     names = _listed(folder, r"RYDL\.hdf5" if packed else f"{RADOLAN_FILE}|{RADOLAN_ARCHIVE}", others)
     sources, read = [folder / name for name in names], _rydl if packed else _composites
-    frames, index = unpack_once(folder, sources, "<f4", (1, 180, 180), lambda writer: _unpack_germany(
-        writer, read, sources)) or _nothing_to_read("germany", folder)
+    frames, index = unpack_once(folder, sources, _half_hours(read, sources)) or _nothing_to_read("germany", folder)
     times = np.array(index["times"], np.int64)
     order = np.argsort(times)
     times = times[order]
@@ -1584,27 +1576,27 @@ def _whole_windows(slots, length, stride):
     return np.searchsorted(slots, candidates[whole]), int((~whole).sum())
 
 
-def _unpack_germany(writer, read, sources):
-    """Append the composites that lie a multiple of 30 minutes from the first, as mm/h.
+def _half_hours(read, sources):
+    """The composites that lie a multiple of 30 minutes from the first, as mm/h.
 
     The index: `times` of the frames, how many `composites` there were, how many `repeated`, and names `unread`.
     """
     phase, earliest = None, None
     while phase is None or earliest % 30 != phase:    # not in the order of time: once more, with the phase of the first
         phase = None if earliest is None else earliest % 30
-        writer.restart()
+        yield None
         kept, seen, composites, unread = [], set(), 0, []
         for minute, values in read(sources, unread):
             phase = minute % 30 if phase is None else phase
             earliest = minute if earliest is None else min(earliest, minute)
             composites += 1
             if minute % 30 == phase and minute not in seen:
-                writer.add(_mm_per_hour(values())[None, None])
+                yield _mm_per_hour(values())[None, None]
                 kept.append(minute)
             seen.add(minute)
         if earliest is None:
             raise DataError(f"{sources[0]} holds no composite")
-    return {"times": kept, "composites": composites, "repeated": composites - len(seen), "unread": unread}
+    yield {"times": kept, "composites": composites, "repeated": composites - len(seen), "unread": unread}
 
 
 def _mm_per_hour(values):
@@ -1744,8 +1736,8 @@ def open_typhoon(folder, setup="patch4", frames_in=None, horizon=None, box=None)
     names = _listed(folder, HIMAWARI, others)
     files = {name[:12]: folder / name for name in names}
     others += [name for name in names if files[name[:12]].name != name]
-    frames, index = unpack_once(folder, [*files.values()], "<f4", (1, 64, 64), lambda writer: _unpack_typhoon(
-        writer, files, rows, columns), region) or _nothing_to_read("typhoon", folder)
+    frames, index = (unpack_once(folder, [*files.values()], _typhoon_hours(files, rows, columns), region)
+                     or _nothing_to_read("typhoon", folder))
     hours = np.array(index["hours"])
     gaps = np.flatnonzero(np.diff(hours) != 1) + 1
     starts = _starts(zip([0, *gaps], [*gaps, len(hours)]), length)
@@ -1777,13 +1769,14 @@ def _box(box):
     return rows, columns
 
 
-def _unpack_typhoon(writer, files, rows, columns):
-    """Append the region of every file, {YYYYMMDDhhmm: path}, averaged to 64×64 over the pixels that have data.
+def _typhoon_hours(files, rows, columns):
+    """The region of every file, {YYYYMMDDhhmm: path}, averaged to 64×64 over the pixels that have data.
 
     Counts have 12 bits; 65534 and 65535 are no measurements, and no calibration table goes beyond 4095. The index:
     `hours` since 1970 of the frames, `empty` the number of those without any data, `missing` of pixels without.
     """
     size, hours, empty, missing = 2 * HIMAWARI_SIDE**2, [], 0, 0
+    yield np.empty((0, 1, 64, 64), np.float32)    # if no hour has data
     for hour, path in progress(files.items(), desc="unpacking Typhoon", unit="hour"):
         with reading(path) as file:
             if path.suffix == ".bz2":
@@ -1801,8 +1794,8 @@ def _unpack_typhoon(writer, files, rows, columns):
         else:
             missing += int(np.isnan(frame).sum())
             hours.append(time)
-            writer.add(frame[None, None])
-    return {"hours": hours, "empty": empty, "missing": missing}
+            yield frame[None, None]
+    yield {"hours": hours, "empty": empty, "missing": missing}
 
 
 # -------------------------------------------------------------------------------------------------------------- opening

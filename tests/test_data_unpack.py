@@ -18,9 +18,8 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import data
 
-def write(writer):
-    writer.add(numbers[:2])
-    writer.file.flush()
+def pieces():
+    yield numbers[:2]
     os.kill(os.getpid(), signal.SIGKILL)
 
 import numpy as np
@@ -29,8 +28,8 @@ folder = Path({folder!r})
 if {late}:      # killed between the frames and their index, which comes first
     whole = data.write_whole
     data.write_whole = lambda path, content: os.kill(os.getpid(), 9) if path.suffix == ".json" else whole(path, content)
-    write = lambda writer: writer.add(numbers) or {{}}
-data.unpack_once(folder, [folder / "source"], np.uint8, (1, 2, 3), write)
+    pieces = lambda: (piece for piece in (numbers, {{}}))
+data.unpack_once(folder, [folder / "source"], pieces())
 """
 NUMBERS = np.arange(24, dtype=np.uint8).reshape(4, 1, 2, 3)
 
@@ -64,19 +63,24 @@ def source(tmp_path):
     return tmp_path / "source"
 
 
-def unpack(source, write=None, about=""):
+def unpack(source, pieces=None, about=""):
     sources = [source] if source.exists() else []
-    return data.unpack_once(source.parent, sources, np.uint8, (1, 2, 3), write or add_all, about)
+    return data.unpack_once(source.parent, sources, (pieces or all_of_them)(), about)
 
 
-def add_all(writer):
-    writer.add(NUMBERS[:3])
-    writer.add(NUMBERS[3:])
-    return {"frames": 4}
+def all_of_them():
+    yield NUMBERS[:3]
+    yield NUMBERS[3:]
+    yield {"frames": 4}
 
 
-def fail(writer):
+def last_three():
+    yield from (NUMBERS[1:], {})
+
+
+def fail():
     raise AssertionError("unpacked again")
+    yield
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -96,7 +100,7 @@ def test_it_is_done_once_until_the_source_changes(source):
     assert (array == NUMBERS).all() and isinstance(array, np.memmap)
     assert index == {"frames": 4, "about": "", "array": ["|u1", 4, 1, 2, 3]}
     source.write_bytes(b"packed anew")
-    array, _ = unpack(source, lambda writer: writer.add(NUMBERS[1:]) or {})
+    array, _ = unpack(source, last_three)
     assert (array == NUMBERS[1:]).all() and len(list(source.parent.glob("frames-*"))) == 2
     source.unlink()
     assert (unpack(source, fail)[0] == NUMBERS[1:]).all()
@@ -104,19 +108,16 @@ def test_it_is_done_once_until_the_source_changes(source):
 
 def test_another_about_is_another_array(source):
     unpack(source, about="one")
-    unpack(source, lambda writer: writer.add(NUMBERS[1:]) or {}, about="two")
+    unpack(source, last_three, about="two")
     assert len(unpack(source, fail, "one")[0]) == 4 and len(unpack(source, fail, "two")[0]) == 3
     source.unlink()
     assert len(unpack(source, fail, "one")[0]) == 4 and unpack(source, fail, "three") is None
 
 
 def test_a_writer_can_start_again(source):
-    def write(writer):
-        writer.add(NUMBERS)
-        writer.restart()
-        writer.add(NUMBERS[2:])
-        return {}
-    assert (unpack(source, write)[0] == NUMBERS[2:]).all()
+    def pieces():
+        yield from (NUMBERS, None, NUMBERS[2:], {})
+    assert (unpack(source, pieces)[0] == NUMBERS[2:]).all()
 
 
 def test_the_array_is_an_ordinary_npy_file(source):
@@ -131,14 +132,14 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import data, numpy as np
 
-def write(writer):
+def pieces():
     print("unpacking", flush=True)
     time.sleep(1)
-    writer.add(np.arange(24, dtype=np.uint8).reshape(4, 1, 2, 3))
-    return {{}}
+    yield np.arange(24, dtype=np.uint8).reshape(4, 1, 2, 3)
+    yield {{}}
 
 folder = Path({folder!r})
-array, _ = data.unpack_once(folder, [folder / "source"], np.uint8, (1, 2, 3), write)
+array, _ = data.unpack_once(folder, [folder / "source"], pieces())
 print(array.sum())
 """
 
@@ -161,12 +162,13 @@ def test_an_unwritable_folder_is_named(source, monkeypatch):
 
 
 def test_a_full_disk_while_a_file_is_read_is_not_that_file_s_fault(source):
-    def write(writer):
+    def pieces():
         with data.reading(source):
             raise OSError(28, "No space left on device")
+        yield
 
     with pytest.raises(data.DataError, match=r"cannot unpack into .*frames-[0-9a-f]{12}.npy: No space left on device"):
-        unpack(source, write)
+        unpack(source, pieces)
     assert os.listdir(source.parent) == ["source"]
 
 
@@ -219,7 +221,7 @@ def test_an_old_array_that_cannot_be_removed_stays(source, monkeypatch):
     unpack(source)
     source.write_bytes(b"packed anew")
     monkeypatch.setattr(Path, "unlink", mapped)
-    assert (unpack(source, lambda writer: writer.add(NUMBERS[1:]) or {})[0] == NUMBERS[1:]).all()
+    assert (unpack(source, last_three)[0] == NUMBERS[1:]).all()
     assert len(list(source.parent.glob("frames-*"))) == 4
 
 

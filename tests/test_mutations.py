@@ -144,8 +144,7 @@ def unpacked(read, name, **options):
     """Germany's files, unpacked without the years that its windows need."""
     def opened(folder):
         sources = [folder / name]
-        array, _ = data.unpack_once(folder, sources, "<f4", (1, 180, 180),
-                                    lambda writer: data._unpack_germany(writer, read, sources))
+        array, _ = data.unpack_once(folder, sources, data._half_hours(read, sources))
         return np.array(array)
     return opened
 
