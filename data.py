@@ -582,14 +582,22 @@ def open_moving_mnist(folder, setup="patch4", frames_in=None, horizon=None):
 
 # ------------------------------------------------------------------------------- windows cut out of an array of frames
 
+PIECE = 1 << 26    # bytes that are looked at at a time
+
+
 class Scale:
     """Between a file's values and network pixels: low … high is 0 … 1, and what lies outside is clipped.
 
-    low, high: one number each, or one for each channel. Tensors (…, C, H, W), on any device; NaN stays NaN.
+    low, high: one number each, or one for each channel; DataError, which says `whose`, if they are no scale. Tensors
+    (…, C, H, W), on any device; NaN stays NaN.
     """
 
-    def __init__(self, low, high):
+    def __init__(self, low, high, whose="--normalize"):
         self.low, self.high, self._on_device = low, high, {}
+        ends = zip(np.atleast_1d(low).tolist(), np.atleast_1d(high).tolist())
+        if not all(least < most and math.isfinite(most - least) for least, most in ends):
+            raise DataError(f"{whose}: {low} … {high} is no scale: two numbers are needed, the lower first, not as far "
+                            f"apart as floats go")
 
     def note(self):
         """What `scale_of` makes a scale of again; JSON-safe. None for the two that a file's dtype tells."""
@@ -614,6 +622,30 @@ class Scale:
 
 
 LEVELS, PLAIN = Scale(0.0, 255.0), Scale(0.0, 1.0)    # of uint8, and of floats that lie in [0, 1] already
+
+
+class RainScale:
+    """Rain R in mm/h and pixels: dBZ = 10·log10(256·R^1.42), pixel = clip((dBZ + 10)/70, 0, 1).
+
+    Rain-free is 0, and 0 is rain-free. Tensors on any device; no data, NaN, stays NaN.
+    """
+
+    def note(self):
+        return "rain"
+
+    def to_network(self, rain):
+        dbz = 10 * torch.log10(256 * rain.double().clamp(min=0)**1.42)
+        return ((dbz + 10) / 70).clamp(0, 1).float()
+
+    def to_units(self, pixels):
+        rain = (10**((70 * pixels.double() - 10) / 10) / 256)**(1 / 1.42)
+        return rain * (pixels > 0)
+
+
+def scale_of(info):
+    """The `Scale` of a run's data from their `Clips.info()`, or None where a file's dtype tells it."""
+    note = info.get("scale")
+    return None if note is None else RainScale() if note == "rain" else Scale(*note)
 
 
 class Windows(Clips):
@@ -682,6 +714,12 @@ def torch_dtype(dtype):
     return torch.from_numpy(np.empty(0, held.get(dtype.str[1:], "f8"))).dtype
 
 
+def windows_in(runs, length, stride=1, first=0, stop=sys.maxsize):
+    """Every stride-th window of `length` frames inside first … stop - 1 that stays inside one run [at, end]: int64."""
+    return np.concatenate([np.arange(max(first, at), min(stop, end) - length + 1, stride, dtype=np.int64)
+                           for at, end in runs])
+
+
 def hold_out(starts, count, length):
     """Keep the last `count` of the windows at `starts` (ascending) aside: (the rest, those), which share no frame."""
     held = starts[len(starts) - count:]
@@ -689,9 +727,87 @@ def hold_out(starts, count, length):
     return (rest[rest + length <= held[0]] if len(held) else rest), held
 
 
+def parted(name, side, test, length, why=""):
+    """The training side's windows, cut into training and validation, which share no frame, and those of the test."""
+    train, valid = hold_out(side, max(1, len(side) // 20), length)
+    return some_in_each(name, {"train": train, "valid": valid, "test": test}, length, why)
+
+
+def some_in_each(name, parts, length, why=""):
+    """The parts, if each of them has a window; else DataError."""
+    if empty := [part for part in parts if not len(parts[part])]:
+        raise DataError(f"{name}: not one window of {length} frames for {' and '.join(empty)}{why}")
+    return parts
+
+
+@np.errstate(invalid="ignore")    # a signalling NaN, where it becomes a float64
+def frame_ranges(frames, name):
+    """The lowest and the highest value in each channel of each frame, and how many are missing (NaN): (N, C, 3).
+
+    Looked at in pieces. DataError at infinity.
+    """
+    ranges = np.zeros((*frames.shape[:2], 3))
+    step = max(1, PIECE // frames[0].nbytes)
+    with progress(total=len(frames), desc=f"checking {printable(name)}", disable=len(frames) <= step) as bar:
+        for at in range(0, len(frames), step):
+            piece, found = frames[at:at + step], ranges[at:at + step]
+            found[..., 0], found[..., 1] = piece.min((2, 3)), piece.max((2, 3))
+            if np.isnan(found).any():
+                found[..., 0], found[..., 1] = (end.reduce(piece, axis=(2, 3)) for end in (np.fmin, np.fmax))
+                found[..., 2] = np.isnan(piece).sum((2, 3))
+            if np.isinf(found).any():
+                raise DataError(f"{name} has infinity in frame {at + int(np.isinf(found).any((1, 2)).argmax())}: where "
+                                f"it means no data, save numpy.where(numpy.isfinite(a), a, numpy.nan)")
+            bar.update(len(piece))
+    return ranges
+
+
+def ends_of(ranges):
+    """The lowest and the highest value in ranges of `frame_ranges`; NaN where there is none."""
+    return tuple(float(end.reduce(ranges[..., k], None, initial=np.nan)) for k, end in enumerate((np.fmin, np.fmax)))
+
+
+@np.errstate(invalid="ignore")    # a signalling NaN, where it becomes a float64
+def fitted_scale(name, frames, stop, ranges=None, per_channel=False):
+    """From the range of frames 0 … stop - 1, the training side, to pixels: (scale, notes). The rest is the test's.
+
+    ranges: of `frame_ranges`. One scale for all channels, or one for each. A few values that leave all others a tenth
+    of the scale at most are said: such as -9999 are no measurements.
+    """
+    ranges = frame_ranges(frames, name) if ranges is None else ranges
+    count, scales, notes = frames.shape[1] if per_channel else 1, [], []
+    for k in range(count):
+        where, channels = (f"{name}, channel {k + 1}", [k]) if count > 1 else (name, slice(None))
+        (low, high), (least, most) = (ends_of(part[:, channels]) for part in (ranges[:stop], ranges[stop:]))
+        if not low < high:
+            what = "has no data" if math.isnan(low) else f"is {low:g} everywhere"
+            raise DataError(f"{where}: the training part {what}, so it has no scale: --normalize LOW HIGH gives one")
+        scales.append(Scale(low, high, where))
+        notes.append(f"{where}: scaled by the training part's minimum and maximum, {low:g} and {high:g}")
+        if least < low or most > high:
+            notes.append(f"{where}: the test part goes from {least:g} to {most:g} and is clipped")
+        t, y, x = (-(-n // some) for n, some in zip((stop, *frames.shape[2:]), (64, 256, 256)))
+        sample = frames[:stop:t, channels, ::y, ::x].astype(float)
+        notes += _lone_extremes(where, np.r_[sample.ravel(), ranges[:stop, channels, :2].ravel()])
+    return scales[0] if count == 1 else Scale([s.low for s in scales], [s.high for s in scales]), notes
+
+
+def _lone_extremes(name, values):
+    """A note if at most three values at the ends leave all the others a tenth of the range or less."""
+    seen = np.unique(values[np.isfinite(values)])
+    rest, alone = seen, []
+    for count, below in ((count, below) for count in (1, 2, 3) for below in range(count + 1)):
+        inner = rest[below:len(rest) - count + below]
+        if len(alone) + count <= 3 and len(inner) > 1 and (rest[-1] - rest[0]) / 10 >= inner[-1] - inner[0]:
+            rest = inner
+            alone = [f"{value:g}" for value in seen if not rest[0] <= value <= rest[-1]]
+    return [f"{name}: {', '.join(alone)} squeezes all other values, {rest[0]:g} … {rest[-1]:g}, into "
+            f"1/{(seen[-1] - seen[0]) / (rest[-1] - rest[0]):.0f} of the scale; if it means no data, save "
+            f"numpy.where(a == {alone[0]}, numpy.nan, a)"] if alone else []
+
+
 # ---------------------------------------------------------------------------------------------------- files of your own
 
-PIECE = 1 << 26    # bytes that are looked at at a time
 LAYOUTS = ("NHW", "NCHW", "NHWC", "MTHW", "MTCHW", "MTHWC")    # N frames of one film, M films of T frames, C channels
 VIDEOS = (".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -899,28 +1015,6 @@ def _images(paths, channels, notes):
                 yield frame
 
 
-@np.errstate(invalid="ignore")    # a signalling NaN, where it becomes a float64
-def frame_ranges(frames, name):
-    """The lowest and the highest value in each channel of each frame, and how many are missing (NaN): (N, C, 3).
-
-    Looked at in pieces. DataError at infinity.
-    """
-    ranges = np.zeros((*frames.shape[:2], 3))
-    step = max(1, PIECE // frames[0].nbytes)
-    with progress(total=len(frames), desc=f"checking {printable(name)}", disable=len(frames) <= step) as bar:
-        for at in range(0, len(frames), step):
-            piece, found = frames[at:at + step], ranges[at:at + step]
-            found[..., 0], found[..., 1] = piece.min((2, 3)), piece.max((2, 3))
-            if np.isnan(found).any():
-                found[..., 0], found[..., 1] = (end.reduce(piece, axis=(2, 3)) for end in (np.fmin, np.fmax))
-                found[..., 2] = np.isnan(piece).sum((2, 3))
-            if np.isinf(found).any():
-                raise DataError(f"{name} has infinity in frame {at + int(np.isinf(found).any((1, 2)).argmax())}: where "
-                                f"it means no data, save numpy.where(numpy.isfinite(a), a, numpy.nan)")
-            bar.update(len(piece))
-    return ranges
-
-
 def _kept_ranges(frames, name, folder):
     """`frame_ranges` of a mapped file, kept in `folder` until the file's size or time of change is another."""
     stat = os.stat(frames.filename)
@@ -936,76 +1030,15 @@ def _kept_ranges(frames, name, folder):
     return ranges
 
 
-def _ends(ranges):
-    """The lowest and the highest value in ranges of `frame_ranges`; NaN where there is none."""
-    return tuple(float(end.reduce(ranges[..., k], None, initial=np.nan)) for k, end in enumerate((np.fmin, np.fmax)))
-
-
-@np.errstate(invalid="ignore")    # a signalling NaN, where it becomes a float64
-def _scale_of_training(name, frames, stop, ranges=None, per_channel=False):
-    """From the range of frames 0 … stop - 1, the training side, to pixels: (scale, notes). The rest is the test's.
-
-    ranges: of `frame_ranges`. One scale for all channels, or one for each. A few values that leave all others a tenth
-    of the scale at most are said: such as -9999 are no measurements.
-    """
-    ranges = frame_ranges(frames, name) if ranges is None else ranges
-    every = list(range(frames.shape[1]))
-    ends, notes = [], []
-    for channels in [[channel] for channel in every] if per_channel else [every]:
-        where = name if channels == every else f"{name}, channel {channels[0] + 1}"
-        (low, high), (least, most) = (_ends(part[:, channels]) for part in (ranges[:stop], ranges[stop:]))
-        if not low < high:
-            what = "has no data" if math.isnan(low) else f"is {low:g} everywhere"
-            raise DataError(f"{where}: the training part {what}, so it has no scale: --normalize LOW HIGH gives one")
-        ends.append((low, high))
-        _scale(where, low, high)
-        notes.append(f"{where}: scaled by the training part's minimum and maximum, {low:g} and {high:g}")
-        if least < low or most > high:
-            notes.append(f"{where}: the test part goes from {least:g} to {most:g} and is clipped")
-        t, y, x = (-(-n // some) for n, some in zip((stop, *frames.shape[2:]), (64, 256, 256)))
-        sample = frames[:stop:t, channels, ::y, ::x].astype(float)
-        notes += _lone_extremes(where, np.r_[sample.ravel(), ranges[:stop, channels, :2].ravel()])
-    return _scale(name, *(map(list, zip(*ends)) if len(ends) > 1 else ends[0])), notes
-
-
-def _lone_extremes(name, values):
-    """A note if at most three values at the ends leave all the others a tenth of the range or less."""
-    seen = np.unique(values[np.isfinite(values)])
-    rest, alone = seen, []
-    for count, below in ((count, below) for count in (1, 2, 3) for below in range(count + 1)):
-        inner = rest[below:len(rest) - count + below]
-        if len(alone) + count <= 3 and len(inner) > 1 and (rest[-1] - rest[0]) / 10 >= inner[-1] - inner[0]:
-            rest = inner
-            alone = [f"{value:g}" for value in seen if not rest[0] <= value <= rest[-1]]
-    return [f"{name}: {', '.join(alone)} squeezes all other values, {rest[0]:g} … {rest[-1]:g}, into "
-            f"1/{(seen[-1] - seen[0]) / (rest[-1] - rest[0]):.0f} of the scale; if it means no data, save "
-            f"numpy.where(a == {alone[0]}, numpy.nan, a)"] if alone else []
-
-
-def _scale(name, low, high):
-    """A `Scale`; DataError if it is none."""
-    ends = zip(np.atleast_1d(low).tolist(), np.atleast_1d(high).tolist())
-    if not all(least < most and math.isfinite(most - least) for least, most in ends):
-        raise DataError(f"{name}: {low} … {high} is no scale: two numbers are needed, the lower first, not as far "
-                        f"apart as floats go")
-    return Scale(low, high)
-
-
-def scale_of(info):
-    """The `Scale` of a run's data from their `Clips.info()`, or None where a file's dtype tells it."""
-    note = info.get("scale")
-    return None if note is None else RainScale() if note == "rain" else Scale(*note)
-
-
 def _given_scale(path, frames, ranges, normalize, scale):
     """The scale of a user's frames from --normalize LOW HIGH, from another run or from their dtype, and notes."""
-    low, high = _ends(ranges)
+    low, high = ends_of(ranges)
     if normalize is None and scale is None:
         if frames.dtype != np.uint8 and (low < 0 or high > 1):
             raise DataError(f"{path} goes from {low:g} to {high:g}; what is not uint8 must lie in [0, 1]: --normalize "
                             f"scales it by the training part's range, --normalize LOW HIGH by two numbers")
         return LEVELS if frames.dtype == np.uint8 else PLAIN, []
-    found = _scale("--normalize", *map(float, normalize)) if scale is None else scale_of({"scale": scale})
+    found = Scale(*map(float, normalize)) if scale is None else scale_of({"scale": scale})
     if isinstance(found, RainScale):
         return found, []
     if np.size(found.low) not in (1, frames.shape[1]):
@@ -1023,12 +1056,6 @@ def _cut(films, stop, length):
     return max((first for first in begins if first <= start), default=0) if len(begins) > 2 else start
 
 
-def _starts(films, length, stride=1, first=0, stop=sys.maxsize):
-    """Every stride-th window of `length` frames inside first … stop - 1 that stays inside one film: int64."""
-    return np.concatenate([np.arange(max(first, at), min(stop, end) - length + 1, stride, dtype=np.int64)
-                           for at, end in films])
-
-
 def _no_empty_window(path, frames, ranges, starts, length):
     """DataError if a window has no data at all."""
     empty = np.cumsum(np.r_[0, (ranges[..., 2] == math.prod(frames.shape[2:])).all(1)])
@@ -1039,7 +1066,7 @@ def _no_empty_window(path, frames, ranges, starts, length):
 
 def _how_read(path, frames, ranges, index, starts, length, what):
     """Lines for the log: what a user's file was taken for, and what of it is passed over or missing."""
-    films, (low, high) = [stop - first for first, stop in index["films"]], _ends(ranges)
+    films, (low, high) = [stop - first for first, stop in index["films"]], ends_of(ranges)
     spans = [f"{len(at)} for {part} (frames {at[0]} … {at[-1] + length - 1})" for part, at in
              zip(("training", "validation", "the test"), starts.values()) if len(at)]
     lines = [f"films: {len(films)} of {' to '.join(map(str, sorted({min(films), max(films)})))} frames, channels: "
@@ -1084,19 +1111,19 @@ def open_own(path, data_dir="data", frames_in=None, horizon=None, normalize=None
     if use == "train":
         first_test = _cut(films, films[-1][1], length) if index["test"] is None else every[index["test"]][0]
         begin = _cut(films, first_test, length)
-        starts = {"train": _starts(films, length, 1, 0, begin),
-                  "valid": _starts(films, length, horizon, begin, first_test),
-                  "test": _starts(films, length, horizon, first_test)}
+        starts = {"train": windows_in(films, length, 1, 0, begin),
+                  "valid": windows_in(films, length, horizon, begin, first_test),
+                  "test": windows_in(films, length, horizon, first_test)}
         if empty := [part for part in starts if not len(starts[part])]:
             raise DataError(f"{path} has {len(frames)} frames: not one window of {what} each for training, validation "
                             f"and test (none for {' and '.join(empty)}): lower --frames-in or --horizon")
     else:
-        test = _starts(films, length, horizon) if horizon else np.array([stop - length for _, stop in films])
+        test = windows_in(films, length, horizon) if horizon else np.array([stop - length for _, stop in films])
         starts = {"train": test[:0], "valid": test[:0], "test": test}
     ranges = _kept_ranges(frames, path, index["folder"])
     _no_empty_window(path, frames, ranges, np.concatenate([*starts.values()]), length)
     if normalize == "range":
-        scale, notes = _scale_of_training(path, frames, first_test, ranges, per_channel=True)
+        scale, notes = fitted_scale(path, frames, first_test, ranges, per_channel=True)
     else:
         scale, notes = _given_scale(path, frames, ranges, normalize, scale)
     notes = _how_read(path, frames, ranges, index, starts, length, what) + notes
@@ -1241,18 +1268,6 @@ def _nothing_to_read(name, folder):
     raise DataError(f"{folder} has no files of {name}: {WHERE_FROM[name]}")
 
 
-def _parts(name, side, test, length, why=""):
-    """The training side's windows, cut into training and validation, which share no frame, and those of the test."""
-    train, valid = hold_out(side, max(1, len(side) // VALID_PART), length)
-    return _not_empty(name, {"train": train, "valid": valid, "test": test}, length, why)
-
-
-def _not_empty(name, parts, length, why=""):
-    if empty := [part for part in parts if not len(parts[part])]:
-        raise DataError(f"{name}: not one window of {length} frames for {' and '.join(empty)}{why}")
-    return parts
-
-
 @contextlib.contextmanager
 def _hdf5(path):
     """The door of `reading` for HDF5: a function that gives a dataset of the file by its name.
@@ -1285,7 +1300,6 @@ WHERE_FROM = {
     "typhoon": "put gridded Himawari-8 files YYYYMMDDhhmm.tir.01.fld.geoss there, plain or .bz2 (CEReS, "
                "ftp://hmwr829gr.cr.chiba-u.ac.jp/gridded/FD)",
 }
-VALID_PART = 20    # the last twentieth of the training windows is for validation
 
 
 # --------------------------------------------------------------------------------------------------------------- TaxiBJ
@@ -1365,12 +1379,12 @@ def _slot(date):
 
 def _taxibj_of_days(frames, index, frames_in, horizon):
     length = frames_in + horizon
-    starts = _starts(index["runs"], length)
+    starts = windows_in(index["runs"], length)
     if len(starts) <= TAXIBJ_TEST:
         raise DataError(f"taxibj: {len(starts)} windows of {length} frames, of which the test takes {TAXIBJ_TEST}: "
                         f"none is left for training")
-    parts = _parts("taxibj", *hold_out(starts, TAXIBJ_TEST, length), length)
-    scale, notes = _scale_of_training("taxibj", frames, parts["test"][0])
+    parts = parted("taxibj", *hold_out(starts, TAXIBJ_TEST, length), length)
+    scale, notes = fitted_scale("taxibj", frames, parts["test"][0])
     train, valid, test = map(len, parts.values())
     notes += [f"TaxiBJ: {train} training, {valid} validation, {test} test windows (the papers: 19,560 training, 1,344 "
               f"test); {len(starts) - train - valid - test} left out, which would share frames with others; "
@@ -1408,7 +1422,7 @@ def _taxibj_of_clips(frames, index, frames_in, horizon):
                         f"--horizon {horizon}")
     # Clip k has the slots k … k + 7, of which the last seven of training may share some with the first of the test.
     numbers = np.arange(index["train"] + index["test"])
-    parts = _parts("taxibj", numbers[:index["train"]][:-7], numbers[index["train"]:], 8)
+    parts = parted("taxibj", numbers[:index["train"]][:-7], numbers[index["train"]:], 8)
     parts = {part: 8 * parts[part] for part in parts}
     notes = [f"TaxiBJ: {len(parts['train'])} training and {len(parts['valid'])} validation clips of {index['train']}, "
              f"so that none share frames; {len(parts['test'])} test clips"]
@@ -1447,8 +1461,8 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
             part = "test" if person > 16 else "valid" if person == 16 else "train"
             length = frames_in + (test_horizon if part == "test" else horizon)
             runs = [(first + start - 1, first + min(stop, count)) for start, stop in ranges[name]]
-            parts[part].extend(_starts(runs, length, 3 if action == "running" else 10))
-    parts = _not_empty("kth", {part: np.array(parts[part], np.int64) for part in parts}, frames_in + test_horizon,
+            parts[part].extend(windows_in(runs, length, 3 if action == "running" else 10))
+    parts = some_in_each("kth", {part: np.array(parts[part], np.int64) for part in parts}, frames_in + test_horizon,
                        f" ({len(index['films'])} files could be read)")
     notes = [f"KTH: {len(index['films'])} of the dataset's 599 files; {len(parts['train'])} training windows (people "
              f"1-15), {len(parts['valid'])} for validation (person 16), {len(parts['test'])} for the test (17-25)"]
@@ -1505,24 +1519,6 @@ def _film(path):
 
 # -------------------------------------------------------------------------------------------------------------- Germany
 
-class RainScale:
-    """Rain R in mm/h and pixels: dBZ = 10·log10(256·R^1.42), pixel = clip((dBZ + 10)/70, 0, 1).
-
-    Rain-free is 0, and 0 is rain-free. Tensors on any device; no data, NaN, stays NaN.
-    """
-
-    def note(self):
-        return "rain"
-
-    def to_network(self, rain):
-        dbz = 10 * torch.log10(256 * rain.double().clamp(min=0)**1.42)
-        return ((dbz + 10) / 70).clamp(0, 1).float()
-
-    def to_units(self, pixels):
-        rain = (10**((70 * pixels.double() - 10) / 10) / 256)**(1 / 1.42)
-        return rain * (pixels > 0)
-
-
 RADOLAN_FILE = r"raa01-.*---bin(\.gz|\.bz2)?"
 RADOLAN_ARCHIVE = r".*\.(tar|tar\.gz|tgz|tar\.bz2)"
 RADOLAN_BYTES = 2 * 1100 * 900 + 10_000    # of the largest composite, with its header
@@ -1550,7 +1546,7 @@ def open_germany(folder, setup="patch4", frames_in=None, horizon=None):
         first, stop = np.searchsorted(times, [first, stop])
         starts[part], left_out[part] = _whole_windows(times[first:stop] // 30, length, stride)
         starts[part] += first
-    parts = _parts("germany", starts["train"], starts["test"], length,
+    parts = parted("germany", starts["train"], starts["test"], length,
                    ": 2006-2014 is for training and validation, 2015-2017 for the test")
     notes = [f"Germany: {len(frames)} frames 30 minutes apart from {index['composites']} composites, of which "
              f"{index['repeated']} repeat a time; windows left out for a missing composite: {left_out['train']} in "
@@ -1740,11 +1736,11 @@ def open_typhoon(folder, setup="patch4", frames_in=None, horizon=None, box=None)
                      or _nothing_to_read("typhoon", folder))
     hours = np.array(index["hours"])
     gaps = np.flatnonzero(np.diff(hours) != 1) + 1
-    starts = _starts(zip([0, *gaps], [*gaps, len(hours)]), length)
+    starts = windows_in(zip([0, *gaps], [*gaps, len(hours)]), length)
     if len(starts) < 4:
         raise DataError(f"typhoon: {len(starts)} windows of {length} consecutive hours, too few for training and test")
-    parts = _parts("typhoon", *hold_out(starts, len(starts) // 4, length), length, ", when none may share frames")
-    scale, notes = _scale_of_training("typhoon", frames, parts["test"][0])
+    parts = parted("typhoon", *hold_out(starts, len(starts) // 4, length), length, ", when none may share frames")
+    scale, notes = fitted_scale("typhoon", frames, parts["test"][0])
     train, valid, test = map(len, parts.values())
     notes += [f"Typhoon: {len(hours)} hours, {len(gaps)} gaps; {train} training, {valid} validation, {test} test "
               f"windows (the paper: 1,809 training, 603 test)"]
