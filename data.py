@@ -8,9 +8,7 @@ iteration): a resumed or repeated run sees the same data, on any number of proce
     frames = clips.train(seed=0, iteration=0, batch=8)      # (8, 20, 1, 64, 64), float32 in [0, 1]
     frames = clips.test(0, 100)                             # the first hundred test sequences
 
-Sections: clips; draws; Moving MNIST and moving digits (with the first two they stand alone, on torch and numpy); files;
-MNIST's files; windows cut out of an array; files of your own; datasets unpacked once: TaxiBJ, KTH, Germany, Typhoon;
-opening.
+The first three sections, clips, draws, Moving MNIST and moving digits, stand alone on torch and numpy.
 """
 
 import bz2
@@ -546,14 +544,13 @@ def _fetch(url, most):
     def fetch():
         try:
             content = bytearray()
-            with urllib.request.urlopen(url, timeout=SILENCE) as response:
-                total = int(response.headers.get("Content-Length") or 0) or None
-                with progress(total=total, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
-                    while not late.is_set() and (part := response.read1(1 << 16)):
-                        content += part
-                        bar.update(len(part))
-                        if len(content) > most:
-                            raise ValueError("it sends more than the file has")
+            with urllib.request.urlopen(url, timeout=SILENCE) as response, progress(
+                    total=response.length, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[1]) as bar:
+                while not late.is_set() and (part := response.read1(1 << 16)):
+                    content += part
+                    bar.update(len(part))
+                    if len(content) > most:
+                        raise ValueError("it sends more than the file has")
             answer.set_result(bytes(content))
         except Exception as error:
             answer.set_exception(error)
@@ -748,17 +745,15 @@ def frame_ranges(frames, name):
     """
     ranges = np.zeros((*frames.shape[:2], 3))
     step = max(1, PIECE // frames[0].nbytes)
-    with progress(total=len(frames), desc=f"checking {printable(name)}", disable=len(frames) <= step) as bar:
-        for at in range(0, len(frames), step):
-            piece, found = frames[at:at + step], ranges[at:at + step]
-            found[..., 0], found[..., 1] = piece.min((2, 3)), piece.max((2, 3))
-            if np.isnan(found).any():
-                found[..., 0], found[..., 1] = (end.reduce(piece, axis=(2, 3)) for end in (np.fmin, np.fmax))
-                found[..., 2] = np.isnan(piece).sum((2, 3))
-            if np.isinf(found).any():
-                raise DataError(f"{name} has infinity in frame {at + int(np.isinf(found).any((1, 2)).argmax())}: where "
-                                f"it means no data, save numpy.where(numpy.isfinite(a), a, numpy.nan)")
-            bar.update(len(piece))
+    for at in progress(range(0, len(frames), step), desc=f"checking {printable(name)}", disable=len(frames) <= step):
+        piece, found = frames[at:at + step], ranges[at:at + step]
+        found[..., 0], found[..., 1] = piece.min((2, 3)), piece.max((2, 3))
+        if np.isnan(found).any():
+            found[..., 0], found[..., 1] = (end.reduce(piece, axis=(2, 3)) for end in (np.fmin, np.fmax))
+            found[..., 2] = np.isnan(piece).sum((2, 3))
+        if np.isinf(found).any():
+            raise DataError(f"{name} has infinity in frame {at + int(np.isinf(found).any((1, 2)).argmax())}: where it "
+                            f"means no data, save numpy.where(numpy.isfinite(a), a, numpy.nan)")
     return ranges
 
 
@@ -815,11 +810,10 @@ IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".we
 
 def _header(file, path):
     """(shape, dtype) of an open .npy file; DataError if its numbers cannot be used."""
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
+    versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if (version := np.lib.format.read_magic(file)) not in versions:
         raise ValueError(f"version {version} of .npy is unknown")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    shape, fortran, dtype = versions[version](file)
     if dtype.hasobject:
         raise DataError(f"{path} holds pickled objects, which are never loaded: save numpy.stack(a).astype(float)")
     if dtype.kind not in "buif":
@@ -862,16 +856,17 @@ def own_frames(path, data_dir, layout=None, channels=None, colour=False):
     """
     if layout not in (None, *LAYOUTS):
         raise DataError(f"--layout {layout} is none of {', '.join(LAYOUTS)}")
-    kind, sources, passed, files = path.suffix.lower(), [path], [], not path.is_dir()
-    if not files:
-        there = [path / name for name in _listed(path, "(?s).+")]
-        there.sort(key=lambda entry: re.sub("[0-9]+", lambda digits: digits[0].zfill(20), entry.name))
-        kinds = [[entry for entry in there if entry.suffix.lower() in kinds] for kinds in ((".npy",), VIDEOS, IMAGES)]
-        sources = next(filter(None, kinds), [])
-        if not sources:
-            raise DataError(f"{path} is {'a' if there else 'an empty'} folder: --data takes one of .npy files, of "
+    sources, passed = [path], []
+    if path.is_dir():
+        names = sorted(_listed(path, "(?s).+"), key=lambda name: re.sub("[0-9]+", lambda n: n[0].zfill(20), name))
+        for kinds in (".npy", VIDEOS, IMAGES):
+            if sources := [path / name for name in names if name.lower().endswith(kinds)]:
+                break
+        else:
+            raise DataError(f"{path} is {'a' if names else 'an empty'} folder: --data takes one of .npy files, of "
                             f"films or of images")
-        kind, passed = sources[0].suffix.lower(), sorted({entry.name for entry in there} - {s.name for s in sources})
+        passed = sorted({*names} - {source.name for source in sources})
+    kind = sources[0].suffix.lower()
     arrays = kind in (".npy", ".npz")
     if not arrays and kind not in VIDEOS + IMAGES:
         raise DataError(f"{path} is no array (.npy, .npz), film ({', '.join(VIDEOS)}) or image ({', '.join(IMAGES)})")
@@ -880,7 +875,7 @@ def own_frames(path, data_dir, layout=None, channels=None, colour=False):
     channels = channels or (3 if colour else 1)
     mark = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]
     folder = Path(data_dir) / "own" / f"{path.stem}-{mark}"
-    if files and kind == ".npy":
+    if kind == ".npy" and sources == [path]:
         with reading(path) as file:
             shape, _ = _header(file, path)
             axes = _layout(shape, layout, path)
@@ -925,29 +920,31 @@ def _own_pieces(path, sources, kind, layout, channels):
         index["layout"] = axes = _layout(shape, layout, label)
         yield from alike(_pieces(file, size, label, shape, dtype, axes.lstrip("NMT")), label, axes, shape)
 
+    def arrays(file):
+        with zipfile.ZipFile(file) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if not names:
+                raise DataError(f"{path} holds no array: numpy.savez(path, train=a, test=b), or an array a film")
+            if in_parts := {"train", "test"} <= {*names}:
+                index["notes"] += [f"of its {len(names)} arrays only train and test were read"] * (len(names) > 2)
+            for name in ("train", "test") if in_parts else names:
+                if in_parts and name == "test":
+                    index["test"] = len(index["films"])
+                with archive.open(f"{name}.npy") as member:
+                    yield from array(member, archive.getinfo(f"{name}.npy").file_size, f"{path} ({name})")
+
     with progress(desc=f"unpacking {printable(path.name)}", unit="frame") as bar:
-        if kind == ".npz":
-            with reading(path) as file, zipfile.ZipFile(file) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist()]
-                parts = ["train", "test"] if {"train", "test"} <= set(names) else names
-                if not names:
-                    raise DataError(f"{path} holds no array: numpy.savez(path, train=a, test=b), or an array a film")
-                if len(parts) < len(names):
-                    index["notes"].append(f"of its {len(names)} arrays only train and test were read")
-                for name in parts:
-                    if parts == ["train", "test"] and name == "test":
-                        index["test"] = len(index["films"])
-                    with archive.open(f"{name}.npy") as member:
-                        yield from array(member, archive.getinfo(f"{name}.npy").file_size, f"{path} ({name})")
-        elif kind in IMAGES:
+        if kind in IMAGES:
             yield from alike(_images(sources, channels, index["notes"]), path)
-        else:
-            for source in sources:
-                with reading(source) as file:
-                    if kind == ".npy":
-                        yield from array(file, source.stat().st_size, source)
-                    else:
-                        yield from alike(_decoded(source, channels, index["notes"]), source)
+            sources = []
+        for source in sources:
+            with reading(source) as file:
+                if kind == ".npz":
+                    yield from arrays(file)
+                elif kind == ".npy":
+                    yield from array(file, source.stat().st_size, source)
+                else:
+                    yield from alike(_decoded(source, channels, index["notes"]), source)
     yield index
 
 
@@ -969,27 +966,21 @@ def _decoded(path, channels, notes, *options):
 
     channels: 1, grey, or 3, red, green and blue. What ffmpeg finds wrong in a file that it reads goes to the notes.
     """
+    if not shutil.which("ffmpeg"):
+        raise DataError(f"{path} is read through the program ffmpeg, which is not installed: apt install ffmpeg, or "
+                        f"see ffmpeg.org")
     codec, pixels, count = *(("pgm", "gray") if channels == 1 else ("ppm", "rgb24")), 0
     command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file", "-i", f"file:{path}", *options,
                "-vf", "setpts=N/FRAME_RATE/TB",    # every frame once, whatever the times in the file
                "-f", "image2pipe", "-c:v", codec, "-pix_fmt", pixels, "-"]
     with tempfile.TemporaryFile() as said:
-        try:
-            program = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said)
-        except FileNotFoundError:
-            raise DataError(f"{path} is read through the program ffmpeg, which is not installed: apt install ffmpeg, "
-                            f"or see ffmpeg.org") from None
-        with program:
-            try:
-                while program.stdout.readline():    # "P5" or "P6", then the size, then 255, each on a line
-                    width, height = map(int, program.stdout.readline().split())
-                    program.stdout.readline()
-                    content = program.stdout.read(width * height * channels)
-                    yield np.frombuffer(content, np.uint8).reshape(1, height, width, channels).transpose(0, 3, 1, 2)
-                    count += 1
-            except BaseException:
-                program.kill()
-                raise
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said) as program:
+            while program.stdout.readline():    # "P5" or "P6", then the size, then 255, each on a line
+                width, height = map(int, program.stdout.readline().split())
+                program.stdout.readline()
+                content = program.stdout.read(width * height * channels)
+                yield np.frombuffer(content, np.uint8).reshape(1, height, width, channels).transpose(0, 3, 1, 2)
+                count += 1
         said.seek(0)
         line = said.read(500).decode(errors="replace").split("\n")[0]
     if program.returncode or not count:
@@ -1002,7 +993,7 @@ def _images(paths, channels, notes):
     """The frames of a film that lies as images, in the order of their names, uint8 (1, C, H, W) each."""
     def one(path):
         with reading(path):
-            return next(iter([*_decoded(path, channels, notes, "-frames:v", "1")]))
+            return [*_decoded(path, channels, notes, "-frames:v", "1")][0]
 
     first = None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -1030,8 +1021,10 @@ def _kept_ranges(frames, name, folder):
     return ranges
 
 
-def _given_scale(path, frames, ranges, normalize, scale):
-    """The scale of a user's frames from --normalize LOW HIGH, from another run or from their dtype, and notes."""
+def _own_scale(path, frames, stop, ranges, normalize, scale):
+    """The scale of a user's frames, of which the first `stop` are the training side's, and notes: see `open_own`."""
+    if normalize == "range":
+        return fitted_scale(path, frames, stop, ranges, per_channel=True)
     low, high = ends_of(ranges)
     if normalize is None and scale is None:
         if frames.dtype != np.uint8 and (low < 0 or high > 1):
@@ -1108,24 +1101,21 @@ def open_own(path, data_dir="data", frames_in=None, horizon=None, normalize=None
         way_out = {"train": ": lower --frames-in or --horizon", "test": ": lower --horizon"}.get(use, "")
         raise DataError(f"{path} has films of {max(stop - first for first, stop in every)} frames, fewer than one "
                         f"window of {what}{way_out}")
+    first_valid = first_test = 0
     if use == "train":
         first_test = _cut(films, films[-1][1], length) if index["test"] is None else every[index["test"]][0]
-        begin = _cut(films, first_test, length)
-        starts = {"train": windows_in(films, length, 1, 0, begin),
-                  "valid": windows_in(films, length, horizon, begin, first_test),
-                  "test": windows_in(films, length, horizon, first_test)}
-        if empty := [part for part in starts if not len(starts[part])]:
-            raise DataError(f"{path} has {len(frames)} frames: not one window of {what} each for training, validation "
-                            f"and test (none for {' and '.join(empty)}): lower --frames-in or --horizon")
-    else:
-        test = windows_in(films, length, horizon) if horizon else np.array([stop - length for _, stop in films])
-        starts = {"train": test[:0], "valid": test[:0], "test": test}
+        first_valid = _cut(films, first_test, length)
+    elif use == "last":
+        films = [[stop - length, stop] for _, stop in films]
+    starts = {"train": windows_in(films, length, 1, 0, first_valid),
+              "valid": windows_in(films, length, horizon or 1, first_valid, first_test),
+              "test": windows_in(films, length, horizon or 1, first_test)}
+    if use == "train" and (empty := [part for part in starts if not len(starts[part])]):
+        raise DataError(f"{path} has {len(frames)} frames: not one window of {what} each for training, validation and "
+                        f"test (none for {' and '.join(empty)}): lower --frames-in or --horizon")
     ranges = _kept_ranges(frames, path, index["folder"])
     _no_empty_window(path, frames, ranges, np.concatenate([*starts.values()]), length)
-    if normalize == "range":
-        scale, notes = fitted_scale(path, frames, first_test, ranges, per_channel=True)
-    else:
-        scale, notes = _given_scale(path, frames, ranges, normalize, scale)
+    scale, notes = _own_scale(path, frames, first_test, ranges, normalize, scale)
     notes = _how_read(path, frames, ranges, index, starts, length, what) + notes
     name = "_".join(filter(None, (path.resolve().stem, path.suffix[1:])))
     return Windows(name, frames, starts, frames_in, horizon, scale=scale, unit=unit, thresholds=thresholds,
