@@ -1,5 +1,6 @@
 """Arrays of one's own: windows, parts, scales, what is refused, what is kept, and films to forecast."""
 
+import hashlib
 import io
 import json
 import os
@@ -639,6 +640,33 @@ def test_a_file_is_checked_once_until_it_changes(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="frame 50"):
         opened(path, tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_what_was_kept_before_is_used(tmp_path):
+    """Names and indices as they have always been written, of an array that is not the file's, which tells."""
+    def digits(text, count=12):
+        return hashlib.sha256(text.encode()).hexdigest()[:count]
+
+    path = tmp_path / "films.npz"
+    np.savez(path, numbered(30), numbered(40))
+    folder = tmp_path / "data" / "own" / f"films-{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+    folder.mkdir(parents=True)
+    stat = path.stat()
+    array = folder / f"frames-{digits(repr(['None 1', (str(path), stat.st_size, stat.st_mtime_ns)]))}.npy"
+    np.save(array, numbered(70, 1) + np.uint8(100))
+    index = {"films": [[0, 30], [30, 70]], "layout": "NHW", "test": None, "notes": ["as before"], "about": "None 1",
+             "array": ["|u1", 70, 1, 4, 6]}
+    array.with_suffix(".json").write_text(json.dumps(index | {"check": digits(json.dumps(index), 16)}))
+    ranges, stat = np.array([[[0.0, 250.0, 0.0]]] * 70), array.stat()
+    state = [str(array), stat.st_size, stat.st_mtime_ns, (70, 1, 4, 6), (24, 24, 6, 1)]
+    (folder / f"ranges-{digits(repr(state))}").write_bytes(
+        hashlib.sha256(ranges.tobytes()).digest() + ranges.tobytes())
+    before = {entry.name: entry.stat().st_mtime_ns for entry in folder.iterdir()}
+    clips = opened(path, tmp_path)
+    assert before == {entry.name: entry.stat().st_mtime_ns for entry in folder.iterdir()} and len(before) == 3
+    assert everything(clips, "test")[-1] == [165, 166, 167, 168, 169]
+    assert "films: 2 of 30 to 40 frames" in clips.notes[0] and "uint8 from 0 to 250, read as NHW" in clips.notes[0]
+    assert clips.notes[1].endswith("films.npz: as before")
 
 
 def test_pieces_make_no_difference(tmp_path, monkeypatch):
