@@ -1146,7 +1146,7 @@ def open_films(path, data_dir, info, options=None, any_size=False):
 
 # --------------------------------------------------------------------------- datasets unpacked once into one long array
 
-KEPT = r"-[0-9a-f]{12}\.(npy|json)"    # after their kind, the names of what `unpack_once` writes: an array and its index
+KEPT = r"-[0-9a-f]{12}\.(npy|json)"    # ends the names of what `unpack_once` writes, an array and its index
 
 
 def unpack_once(folder, sources, pieces, about="", kind="frames"):
@@ -1177,7 +1177,7 @@ def unpack_once(folder, sources, pieces, about="", kind="frames"):
                 return found
             try:
                 write_whole(path, write)
-            except PermissionError:    # Windows, where nobody waits: another process made it meanwhile and has it mapped
+            except PermissionError:    # Windows, where nobody waits: another process made it and has it mapped
                 if not _kept(path, about):
                     raise
             for old in (folder / name for name in _listed(folder, kind + KEPT)):

@@ -1,5 +1,7 @@
 """Unpacking once into one array: what survives a kill, what a change does, and the array's file."""
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -247,3 +249,77 @@ def test_hidden_files_are_neither_read_nor_counted(tmp_path, names):
     assert data._listed(tmp_path / "none", ".*") == []
     with pytest.raises(data.DataError, match="source cannot be read: Not a directory"):
         data._listed(tmp_path / "source", ".*")
+
+
+# --------------------------------------------------------------------------------------------- unpacked by a version before
+
+MINUTES = [23_300_010 + 30 * k for k in range(16)] + [24_200_010 + 30 * k for k in range(8)]    # of 2014 and of 2016
+UNPACKED = {    # name: (sources, about, shape of the array, index, options), as every version since the first keeps them
+    "taxibj": (data.TAXIBJ_FILES, "h5", (150, 2, 32, 32), {"runs": [[0, 96], [96, 150]], "dropped": 3}, {}),
+    "taxibj, clips": (["dataset.npz"], "npz", (65 * 8, 2, 32, 32), {"train": 60, "test": 5}, {}),
+    "kth": ([f"boxing/person{person}_boxing_d1_uncomp.avi" for person in ("01", "16", "17")], "", (120, 1, 128, 128),
+            {"films": [[f"person{person}_boxing_d1", first, 40] for person, first in
+                       (("01", 0), ("16", 40), ("17", 80))], "skipped": ["person03_boxing_d1_uncomp.avi"]}, {}),
+    "germany": (["RY2014.tar.gz", "RY2016.tar.gz"], "", (24, 1, 180, 180),
+                {"times": MINUTES[::-1], "composites": 30, "repeated": 6, "unread": ["README.txt"]}, {}),
+    "typhoon": ([f"20180801{hour:02d}00.tir.01.fld.geoss.bz2" for hour in range(20)], "box 5 110 45 150",
+                (19, 1, 64, 64), {"hours": [*range(10), *range(11, 20)], "empty": 1, "missing": 0},
+                {"box": [5, 110, 45, 150], "frames_in": 2, "horizon": 2}),
+    "own.npz": (["own.npz"], "None 1", (60, 2, 8, 8), {"films": [[0, 30], [30, 60]], "layout": "NCHW", "test": 1,
+                                                       "notes": ["of its 3 arrays only train and test were read"]},
+                {"normalize": "range", "frames_in": 2, "horizon": 2}),
+}
+
+
+def keep(folder, sources, about, frames, index):
+    """An array and its index, and the files that they came from, of which nothing can be read any more."""
+    for path in sources:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"gone")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = [about, *((str(path.relative_to(folder) if path.is_relative_to(folder) else path), path.stat().st_size,
+                       path.stat().st_mtime_ns) for path in sources)]
+    path = folder / f"frames-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}"
+    np.save(path.with_suffix(".npy"), frames)
+    index = {**index, "about": about, "array": [frames.dtype.str, *frames.shape]}
+    check = hashlib.sha256(json.dumps(index).encode()).hexdigest()[:16]
+    path.with_suffix(".json").write_text(json.dumps({**index, "check": check}))
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("frames-*")}
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_what_a_version_before_unpacked_is_used_with_its_sources_and_without(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(data, "TAXIBJ_TEST", 20)
+    sources, about, shape, index, options = UNPACKED[name]
+    own, dataset = name.startswith("own"), name.split(",")[0]
+    folder = tmp_path / dataset
+    sources = [(tmp_path if own else folder) / source for source in sources]
+    if own:
+        mark = hashlib.sha256(os.fsencode(sources[0].resolve())).hexdigest()[:12]
+        folder, dataset = tmp_path / "own" / f"own-{mark}", str(sources[0])
+    frames = np.random.default_rng(0).integers(0, 256, shape).astype("uint8" if name == "kth" else "float32")
+    before = keep(folder, sources, about, frames, index)
+    if name == "kth":
+        (folder / "00sequences.txt").write_text("\n".join(f"{film} frames 1-40" for film, *_ in index["films"]))
+    clips = data.open_data(dataset, tmp_path, **options)
+    assert clips.array.filename == next(file for file in before if file.suffix == ".npy")
+    assert (clips.array == frames).all()
+    if not own:
+        info, first = clips.info(), clips.train(0, 0, 3)
+        for path in sources:
+            path.unlink()
+        again = data.open_data(dataset, tmp_path, **options)
+        assert again.info() == info and again.train(0, 0, 3).equal(first)
+    assert before == {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("frames-*")}
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_the_files_of_that_test_could_not_be_unpacked_again(tmp_path, name):
+    sources, *_, options = UNPACKED[name]
+    own, dataset = name.startswith("own"), name.split(",")[0]
+    sources = [(tmp_path if own else tmp_path / dataset) / source for source in sources]
+    for path in sources:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"gone")
+    with pytest.raises(data.DataError, match=dataset):
+        data.open_data(str(sources[0]) if own else dataset, tmp_path, **options)
