@@ -706,8 +706,7 @@ class Windows(Clips):
 
 def torch_dtype(dtype):
     """The torch type that holds every number of a NumPy type (of the largest integers, the nearest float64)."""
-    kept = {code: code for code in ("u1", "i1", "i2", "i4", "i8", "f2", "f4")}
-    held = kept | {"b1": "u1", "u2": "i4", "u4": "i8"}
+    held = {code: code for code in ("u1", "i1", "i2", "i4", "i8", "f2", "f4")} | {"b1": "u1", "u2": "i4", "u4": "i8"}
     return torch.from_numpy(np.empty(0, held.get(dtype.str[1:], "f8"))).dtype
 
 
@@ -719,8 +718,7 @@ def windows_in(runs, length, stride=1, first=0, stop=sys.maxsize):
 
 def hold_out(starts, count, length):
     """Keep the last `count` of the windows at `starts` (ascending) aside: (the rest, those), which share no frame."""
-    held = starts[len(starts) - count:]
-    rest = starts[:len(starts) - count]
+    rest, held = np.split(starts, [len(starts) - count])
     return (rest[rest + length <= held[0]] if len(held) else rest), held
 
 
@@ -873,8 +871,7 @@ def own_frames(path, data_dir, layout=None, channels=None, colour=False):
     if arrays and channels or layout and not arrays:
         raise DataError(f"--{'channels is for films and images' if arrays else 'layout is for arrays'}, not for {path}")
     channels = channels or (3 if colour else 1)
-    mark = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]
-    folder = Path(data_dir) / "own" / f"{path.stem}-{mark}"
+    folder = Path(data_dir) / "own" / f"{path.stem}-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]}"
     if kind == ".npy" and sources == [path]:
         with reading(path) as file:
             shape, _ = _header(file, path)
