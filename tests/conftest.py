@@ -1,5 +1,6 @@
 """Shared by the tests: the project on the import path, the `slow` marker, small runs, and the real data beside us."""
 
+import functools
 import os
 import signal
 import sys
@@ -34,6 +35,16 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _digits_are_drawn_once():
+    """Not anew by every small run: that took longer than the run."""
+    import data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "stroke_digits", functools.cache(data.stroke_digits))
+        yield
 
 
 @pytest.fixture
