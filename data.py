@@ -1215,10 +1215,9 @@ def _write_pieces(file, pieces, about):
 def _kept(path, about):
     """(array, index) of an array that is whole and depends on the same, or None."""
     index = _index(path.with_suffix(".json"))
-    with contextlib.suppress(DataError):
-        if index and index["about"] == about:
-            with reading(path):
-                array = np.lib.format.open_memmap(path, mode="r")
+    if index and index["about"] == about:
+        with contextlib.suppress(DataError), reading(path):
+            array = np.lib.format.open_memmap(path, mode="r")
             if [array.dtype.str, *array.shape] == index["array"]:
                 return array, index
 
@@ -1305,25 +1304,44 @@ def open_taxibj(folder, setup="patch4", frames_in=None, horizon=None):
     and rounds to 8 bits; that is not copied.
     """
     frames_in, horizon = frames_in or 4, horizon or 4
-    files = [folder / name for name in TAXIBJ_FILES]
-    there = [path for path in files if path.exists()]
-    packed = folder / "dataset.npz"
-    if there and len(there) < 4:
-        raise DataError(f"{folder} lacks {', '.join(path.name for path in files if path not in there)}: all four files "
-                        f"are needed")
+    length, packed = frames_in + horizon, folder / "dataset.npz"
+    files = [folder / name for name in TAXIBJ_FILES if (folder / name).exists()]
     clips = [packed] if packed.exists() else []
-    days = None if clips and not there else unpack_once(folder, there, _taxibj_days(there), "h5")
+    if files and len(files) < 4:
+        lacking = [name for name in TAXIBJ_FILES if folder / name not in files]
+        raise DataError(f"{folder} lacks {', '.join(lacking)}: all four files are needed")
+    days = None if clips and not files else unpack_once(folder, files, _taxibj_days(files), "h5")
     frames, index = (days or unpack_once(folder, clips, _taxibj_clips(packed), "npz")
                      or _nothing_to_read("taxibj", folder))
-    parts, about = (_taxibj_of_days if days else _taxibj_of_clips)(frames, index, frames_in, horizon)
+    if days:
+        starts = windows_in(index["runs"], length)
+        if len(starts) <= TAXIBJ_TEST:
+            raise DataError(f"taxibj: {len(starts)} windows of {length} frames, of which the test takes {TAXIBJ_TEST}: "
+                            f"none is left for training")
+        parts = parted("taxibj", *hold_out(starts, TAXIBJ_TEST, length), length)
+        scale, notes = fitted_scale("taxibj", frames, parts["test"][0])
+        unit, test_set = "taxis per 30 min", f"the last {TAXIBJ_TEST} windows"
+        train, valid, test = map(len, parts.values())
+        notes.append(f"TaxiBJ: {train} training, {valid} validation, {test} test windows (the papers: 19,560 training, "
+                     f"1,344 test); {len(starts) - train - valid - test} left out, which would share frames with "
+                     f"others; {index['dropped']} days without all 48 slots dropped")
+    else:
+        if length > 8:
+            raise DataError(f"taxibj: the clips of dataset.npz have 8 frames, fewer than --frames-in {frames_in} and "
+                            f"--horizon {horizon}")
+        # Clip k has the slots k … k + 7, of which the last seven of training may share some with the first of the test.
+        train, test = np.split(np.arange(index["train"] + index["test"]), [index["train"]])
+        parts = {part: 8 * numbers for part, numbers in parted("taxibj", train[:-7], test, 8).items()}
+        scale, unit, test_set = Scale(-1.0, 1.0), "flow scaled to [-1, 1]", "X_test and Y_test of dataset.npz"
+        notes = [f"TaxiBJ: {len(parts['train'])} training and {len(parts['valid'])} validation clips of "
+                 f"{index['train']}, so that none share frames; {len(parts['test'])} test clips"]
     if setup == "fullres":
-        frames, about["test_set"] = frames[:, :1], f"{about['test_set']}, inflow alone"
-    return Windows("taxibj", frames, parts, frames_in, horizon, **about)
+        frames, test_set = frames[:, :1], f"{test_set}, inflow alone"
+    return Windows("taxibj", frames, parts, frames_in, horizon, scale=scale, unit=unit, test_set=test_set, notes=notes)
 
 
 def _taxibj_days(files):
-    """The complete days of the four files, negative flows as 0. The index: `runs` of consecutive slots, `dropped` days.
-    """
+    """The complete days of the files, negative flows as 0. The index: `runs` of consecutive slots, `dropped` days."""
     runs, dropped, seen, count = [], 0, {}, 0
     for path in progress(files, desc="unpacking TaxiBJ"):
         with _hdf5(path) as (_, dataset):
@@ -1364,22 +1382,6 @@ def _slot(date):
     return datetime.strptime(text[:8], "%Y%m%d").toordinal() * 48 + number - 1
 
 
-def _taxibj_of_days(frames, index, frames_in, horizon):
-    length = frames_in + horizon
-    starts = windows_in(index["runs"], length)
-    if len(starts) <= TAXIBJ_TEST:
-        raise DataError(f"taxibj: {len(starts)} windows of {length} frames, of which the test takes {TAXIBJ_TEST}: "
-                        f"none is left for training")
-    parts = parted("taxibj", *hold_out(starts, TAXIBJ_TEST, length), length)
-    scale, notes = fitted_scale("taxibj", frames, parts["test"][0])
-    train, valid, test = map(len, parts.values())
-    notes += [f"TaxiBJ: {train} training, {valid} validation, {test} test windows (the papers: 19,560 training, 1,344 "
-              f"test); {len(starts) - train - valid - test} left out, which would share frames with others; "
-              f"{index['dropped']} days without all 48 slots dropped"]
-    return parts, {"scale": scale, "unit": "taxis per 30 min", "test_set": f"the last {TAXIBJ_TEST} windows",
-                   "notes": notes}
-
-
 def _taxibj_clips(path):
     """The clips of X_train, Y_train, X_test, Y_test, each clip's 4 + 4 frames in a row. The index: their numbers."""
     counts = {}
@@ -1403,20 +1405,6 @@ def _taxibj_clips(path):
     yield counts
 
 
-def _taxibj_of_clips(frames, index, frames_in, horizon):
-    if frames_in + horizon > 8:
-        raise DataError(f"taxibj: the clips of dataset.npz have 8 frames, fewer than --frames-in {frames_in} and "
-                        f"--horizon {horizon}")
-    # Clip k has the slots k … k + 7, of which the last seven of training may share some with the first of the test.
-    numbers = np.arange(index["train"] + index["test"])
-    parts = parted("taxibj", numbers[:index["train"]][:-7], numbers[index["train"]:], 8)
-    parts = {part: 8 * parts[part] for part in parts}
-    notes = [f"TaxiBJ: {len(parts['train'])} training and {len(parts['valid'])} validation clips of {index['train']}, "
-             f"so that none share frames; {len(parts['test'])} test clips"]
-    return parts, {"scale": Scale(-1.0, 1.0), "unit": "flow scaled to [-1, 1]",
-                   "test_set": "X_test and Y_test of dataset.npz", "notes": notes}
-
-
 # ------------------------------------------------------------------------------------------------------------------ KTH
 
 KTH_ACTIONS = ("boxing", "handclapping", "handwaving", "jogging", "running", "walking")
@@ -1433,8 +1421,7 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
     files = [folder / action / name for action in KTH_ACTIONS for name in _listed(folder / action, r".*\.avi")]
     frames, index = unpack_once(folder, files, _kth_films(files)) or _nothing_to_read("kth", folder)
     ranges = _kth_ranges(folder / "00sequences.txt")
-    frames_in = frames_in or 10
-    horizon = horizon or 10
+    frames_in, horizon = frames_in or 10, horizon or 10
     test_horizon = 20 if setup == "patch4" and horizon == 10 else horizon
     actions = ("walking", "jogging", "running") if setup == "fullres" else KTH_ACTIONS
     parts, skipped, short = {"train": [], "valid": [], "test": []}, list(index["skipped"]), []
@@ -1450,7 +1437,7 @@ def open_kth(folder, setup="patch4", frames_in=None, horizon=None):
             runs = [(first + start - 1, first + min(stop, count)) for start, stop in ranges[name]]
             parts[part].extend(windows_in(runs, length, 3 if action == "running" else 10))
     parts = some_in_each("kth", {part: np.array(parts[part], np.int64) for part in parts}, frames_in + test_horizon,
-                       f" ({len(index['films'])} files could be read)")
+                         f" ({len(index['films'])} files could be read)")
     notes = [f"KTH: {len(index['films'])} of the dataset's 599 files; {len(parts['train'])} training windows (people "
              f"1-15), {len(parts['valid'])} for validation (person 16), {len(parts['test'])} for the test (17-25)"]
     notes += [f"KTH: {len(names)} files {what}: {', '.join(names)}" for names, what in
@@ -1527,18 +1514,15 @@ def open_germany(folder, setup="patch4", frames_in=None, horizon=None):
     times = np.array(index["times"], np.int64)
     order = np.argsort(times)
     times = times[order]
-    bounds = [_minutes(datetime(year, 1, 1)) for year in (2006, 2015, 2018)]
-    starts, left_out = {}, {}
-    for part, stride, first, stop in (("train", 4, *bounds[:2]), ("test", 8, *bounds[1:])):
-        first, stop = np.searchsorted(times, [first, stop])
-        starts[part], left_out[part] = _whole_windows(times[first:stop] // 30, length, stride)
-        starts[part] += first
-    parts = parted("germany", starts["train"], starts["test"], length,
+    first, middle, stop = np.searchsorted(times, [_minutes(datetime(year, 1, 1)) for year in (2006, 2015, 2018)])
+    train, train_lacks = _whole_windows(times[first:middle] // 30, length, 4)
+    test, test_lacks = _whole_windows(times[middle:stop] // 30, length, 8)
+    parts = parted("germany", first + train, middle + test, length,
                    ": 2006-2014 is for training and validation, 2015-2017 for the test")
     notes = [f"Germany: {len(frames)} frames 30 minutes apart from {index['composites']} composites, of which "
-             f"{index['repeated']} repeat a time; windows left out for a missing composite: {left_out['train']} in "
-             f"training, {left_out['test']} in the test"]
-    notes += _not_read("Germany", others, f" in {folder}") + _not_read("Germany", index["unread"], " in archives")
+             f"{index['repeated']} repeat a time; windows left out for a missing composite: {train_lacks} in "
+             f"training, {test_lacks} in the test",
+             *_not_read("Germany", others, f" in {folder}"), *_not_read("Germany", index["unread"], " in archives")]
     return Windows("germany", frames, parts, frames_in, horizon, scale=RainScale(), order=order, unit="mm/h",
                    thresholds=(0.5, 2, 5), masked=True, notes=notes, test_set="2015-2017")
 
@@ -1552,9 +1536,7 @@ def _whole_windows(slots, length, stride):
 
     slots: ascending numbers of the half hours that exist.
     """
-    if not len(slots):
-        return np.empty(0, np.int64), 0
-    candidates = np.arange(slots[0], slots[-1] - length + 2, stride)
+    candidates = np.arange(slots[0], slots[-1] - length + 2, stride) if len(slots) else slots
     whole = np.isin(candidates[:, None] + np.arange(length), slots).all(1)
     return np.searchsorted(slots, candidates[whole]), int((~whole).sum())
 
@@ -1564,27 +1546,23 @@ def _half_hours(read, sources):
 
     The index: `times` of the frames, how many `composites` there were, how many `repeated`, and names `unread`.
     """
-    phase, earliest = None, None
-    while phase is None or earliest % 30 != phase:    # not in the order of time: once more, with the phase of the first
-        phase = None if earliest is None else earliest % 30
-        yield None
+    phase = None
+    while True:
         kept, seen, composites, unread = [], set(), 0, []
         for minute, values in read(sources, unread):
             phase = minute % 30 if phase is None else phase
-            earliest = minute if earliest is None else min(earliest, minute)
             composites += 1
             if minute % 30 == phase and minute not in seen:
-                yield _mm_per_hour(values())[None, None]
+                yield 12 * _block_means(values(), 180)[None, None]    # from mm per 5 minutes
                 kept.append(minute)
             seen.add(minute)
-        if earliest is None:
+        if not seen:
             raise DataError(f"{sources[0]} holds no composite")
+        if phase == min(seen) % 30:
+            break
+        phase = min(seen) % 30    # they are not in the order of time: once more, with the phase of the first
+        yield None
     yield {"times": kept, "composites": composites, "repeated": composites - len(seen), "unread": unread}
-
-
-def _mm_per_hour(values):
-    """mm per 5 minutes (900, 900), NaN for no data -> the mean of 5×5 pixels in mm/h, over those that have data."""
-    return 12 * _block_means(values, 180)
 
 
 def _block_means(values, side):
@@ -1644,24 +1622,22 @@ def _composite(content, name):
     of clutter before: of those seen here none has a pixel with that flag.
     """
     header, mark, body = content.partition(b"\x03")
-    text = header[:1000].decode("latin-1")
-    match = re.match(r"(\w\w)(\d{6})\d{5}(\d{4})BY", text)
-    fields = {key: re.search(pattern, text) for key, pattern in
-              (("PR", r"PR *(E[+-]\d\d)"), ("INT", r"INT *(\d+)"), ("GP", r"GP *(\d+)x *(\d+)"))}
-    if not (mark and match and all(fields.values())):
+    fields = re.match(r"(\w\w)(\d{6})\d{5}(\d{4})BY(?=.*?PR *(E[+-]\d\d))(?=.*?INT *(\d+))(?=.*?GP *(\d+)x *(\d+))",
+                      header[:1000].decode("latin-1"), re.DOTALL)
+    if not (mark and fields):
         raise ValueError(f"{name} has no RADOLAN header")
-    grid = tuple(map(int, fields["GP"].groups()))
-    if (match[1] not in ("RY", "YW") or (fields["PR"][1], int(fields["INT"][1])) != ("E-02", 5)
-            or grid not in ((900, 900), (1100, 900))):
+    product, day, month, precision, *numbers = fields.groups()
+    minutes, *grid = map(int, numbers)
+    if product not in ("RY", "YW") or (precision, minutes) != ("E-02", 5) or grid not in ([900, 900], [1100, 900]):
         raise ValueError(f"{name} is not a 5-minute RY or YW composite of 900 x 900 or 1100 x 900 in 0.01 mm, but "
-                         f"{match[1]}, {fields['PR'][1]}, {int(fields['INT'][1])} minutes, {grid[0]} x {grid[1]}")
+                         f"{product}, {precision}, {minutes} minutes, {grid[0]} x {grid[1]}")
     if len(body) != 2 * grid[0] * grid[1]:
         raise ValueError(f"{name} has {len(body)} bytes of data, not {2 * grid[0] * grid[1]}")
-    time = _minutes(datetime.strptime(match[2] + match[3], "%d%H%M%m%y"))
+    time = _minutes(datetime.strptime(day + month, "%d%H%M%m%y"))
 
     def values():
         raw = np.frombuffer(body, "<u2").reshape(grid)
-        if grid == (1100, 900):
+        if grid == [1100, 900]:
             raw = np.pad(raw[100:1000, :820], ((0, 0), (80, 0)), constant_values=0x2000)
         rain = (raw & 0x0FFF) / 100
         rain[raw & 0x4000 != 0] *= -1
@@ -1714,12 +1690,11 @@ def open_typhoon(folder, setup="patch4", frames_in=None, horizon=None, box=None)
     if box is None:
         raise DataError("typhoon needs --box SOUTH WEST NORTH EAST, the region in degrees, such as --box 5 110 45 150: "
                         "the paper does not give its own")
-    rows, columns = _box(box)
     region = f"box {' '.join(f'{side:g}' for side in box)}"
     names = _listed(folder, HIMAWARI, others)
     files = {name[:12]: folder / name for name in names}
     others += [name for name in names if files[name[:12]].name != name]
-    frames, index = (unpack_once(folder, [*files.values()], _typhoon_hours(files, rows, columns), region)
+    frames, index = (unpack_once(folder, [*files.values()], _typhoon_hours(files, _box(box)), region)
                      or _nothing_to_read("typhoon", folder))
     hours = np.array(index["hours"])
     gaps = np.flatnonzero(np.diff(hours) != 1) + 1
@@ -1752,8 +1727,8 @@ def _box(box):
     return rows, columns
 
 
-def _typhoon_hours(files, rows, columns):
-    """The region of every file, {YYYYMMDDhhmm: path}, averaged to 64×64 over the pixels that have data.
+def _typhoon_hours(files, box):
+    """The box, as slices, of every file, {YYYYMMDDhhmm: path}, averaged to 64×64 over the pixels that have data.
 
     Counts have 12 bits; 65534 and 65535 are no measurements, and no calibration table goes beyond 4095. The index:
     `hours` since 1970 of the frames, `empty` the number of those without any data, `missing` of pixels without.
@@ -1769,7 +1744,7 @@ def _typhoon_hours(files, rows, columns):
             if len(content) != size:
                 raise ValueError(f"it has {'more' if len(content) > size else 'fewer'} than the {size} bytes of 6000 x "
                                  f"6000 counts")
-            grid = np.frombuffer(content, ">u2").reshape(HIMAWARI_SIDE, HIMAWARI_SIDE)[rows, columns]
+            grid = np.frombuffer(content, ">u2").reshape(HIMAWARI_SIDE, HIMAWARI_SIDE)[box]
             frame = _block_means(np.where(grid < 4096, grid, np.nan), 64)
             time = _minutes(datetime.strptime(hour, "%Y%m%d%H%M")) // 60
         if np.isnan(frame).all():
@@ -1785,8 +1760,6 @@ def _typhoon_hours(files, rows, columns):
 
 DATASETS = {"moving_mnist": open_moving_mnist, "moving_digits": open_moving_digits, "taxibj": open_taxibj,
             "kth": open_kth, "germany": open_germany, "typhoon": open_typhoon}
-
-
 OWN_OPTIONS = ("normalize", "layout", "channels", "unit", "thresholds", "scale")
 
 

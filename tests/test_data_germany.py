@@ -77,7 +77,7 @@ def test_the_real_composite_holds_what_was_worked_out_by_hand(real_radolan):
     assert np.isnan(values).sum() == 202_093 and (values > 0).sum() == 129_382
     assert np.nansum(values.astype(np.float64)) == pytest.approx(44_919.78, abs=0.01)
     assert values[899 - 62, 288] == np.nanmax(values) == 10.79      # the file's row 62 from the south
-    rain = data._mm_per_hour(values)
+    rain = 12 * data._block_means(values, 180)
     assert rain[179 - 12, 57] == pytest.approx(9883 * 0.01 * 12 / 25)      # the 25 values of that block add up to 98.83
     with gzip.open(real_radolan / RY) as file:
         raw = struct.unpack("<810000H", file.read().partition(b"\x03")[2])
@@ -162,7 +162,7 @@ def test_blocks(tmp_path):
     raw[895:, :5] = np.array([17] * 23 + [9, 0x29C4]).reshape(5, 5)[::-1]
     raw[895:, 5:10] = np.array([100] * 13 + [0x8000 | 500] * 12).reshape(5, 5)
     (tmp_path / name(OLD)).write_bytes(composite(OLD, raw))
-    rain = data._mm_per_hour(read(tmp_path / name(OLD))[1])
+    rain = 12 * data._block_means(read(tmp_path / name(OLD))[1], 180)
     assert rain[0, 0] == 2 and rain[0, 1] == np.float32(6.24) and rain.dtype == np.float32
 
 

@@ -251,10 +251,10 @@ def test_hidden_files_are_neither_read_nor_counted(tmp_path, names):
         data._listed(tmp_path / "source", ".*")
 
 
-# --------------------------------------------------------------------------------------------- unpacked by a version before
+# ---------------------------------------------------------------------------------------- unpacked by a version before
 
 MINUTES = [23_300_010 + 30 * k for k in range(16)] + [24_200_010 + 30 * k for k in range(8)]    # of 2014 and of 2016
-UNPACKED = {    # name: (sources, about, shape of the array, index, options), as every version since the first keeps them
+UNPACKED = {    # name: (sources, about, shape of the array, index, options), as all versions since the first keep them
     "taxibj": (data.TAXIBJ_FILES, "h5", (150, 2, 32, 32), {"runs": [[0, 96], [96, 150]], "dropped": 3}, {}),
     "taxibj, clips": (["dataset.npz"], "npz", (65 * 8, 2, 32, 32), {"train": 60, "test": 5}, {}),
     "kth": ([f"boxing/person{person}_boxing_d1_uncomp.avi" for person in ("01", "16", "17")], "", (120, 1, 128, 128),
