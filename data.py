@@ -690,7 +690,8 @@ class Windows(Clips):
 
     def _stored(self, part, which, device):
         """Windows (b, T, C, H, W) on the device, their values as stored; through pinned memory, so nothing waits."""
-        starts, length = self.starts[part][which], self.frames_in + (self.horizon, self.test_horizon)[part == "test"]
+        starts = self.starts[part][which]
+        length = self.frames_in + (self.test_horizon if part == "test" else self.horizon)
         on_cuda = torch.device(device).type == "cuda"
         values = torch.empty((len(starts), length, *self.array.shape[1:]), dtype=torch_dtype(self.array.dtype),
                              pin_memory=on_cuda)
