@@ -380,8 +380,7 @@ def open_moving_digits(folder=None, setup="patch4", frames_in=None, horizon=None
 def write_whole(path, content):
     """Write a file so that it appears whole or not at all, also when the process is killed or the disk is full.
 
-    content: bytes, or a function that is called with the open binary file and writes to it. Returns the path. An
-    OSError about the writing names the file.
+    content: bytes, or a function that writes to the open binary file. Returns the path, which an OSError names.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -485,11 +484,9 @@ def _folder(path, way_out=""):
 
 MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
                  "https://storage.googleapis.com/cvdf-datasets/mnist/")
-MNIST_FILES = {  # name: (bytes, SHA-256) of the unpacked file, a header of 16 bytes and the digits
-    "train-images-idx3-ubyte": (16 + 60_000 * DIGIT**2,
-                                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "t10k-images-idx3-ubyte": (16 + 10_000 * DIGIT**2,
-                               "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
+MNIST_FILES = {  # name: (bytes, SHA-256) of the unpacked file, a header of 16 bytes and 60,000 or 10,000 digits
+    "train-images-idx3-ubyte": (47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
+    "t10k-images-idx3-ubyte": (7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
 }
 SILENCE, DOWNLOAD = 30, 600    # seconds without data, and of one download, after which it is given up
 
