@@ -1,6 +1,7 @@
 """Shared by the tests: the project on the import path, the `slow` marker, small runs, and the real data beside us."""
 
 import functools
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 SMALL = ("--data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 "
          "--horizon 3").split()                                   # of a run that takes a moment
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torch._dynamo"])          # three seconds of the start of any other process
 
 
 def pytest_addoption(parser):
@@ -105,6 +108,23 @@ def run(*arguments):
     import train
 
     return train.main([str(a) for a in arguments])
+
+
+def start(*arguments, output=None, **environment):
+    """train.py in a process of its own, in this folder: a multiprocessing.Process. It writes to the file `output`."""
+    process = FORKS.Process(target=_run_in, args=(os.getcwd(), arguments, str(output or os.devnull), environment))
+    process.start()
+    return process
+
+
+def _run_in(folder, arguments, output, environment):
+    os.chdir(folder)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    with open(output, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(1)
+    sys.exit(run(*arguments))
 
 
 def command_refused(capsys, *arguments, status=2):

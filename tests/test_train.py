@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, run
+from conftest import ROOT, SMALL, run, start
 from conftest import command_refused as refused
 
 import convlstm
@@ -21,13 +21,6 @@ import train
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 TINY = ["convlstm", *SMALL, *"--iterations 23 --eval-every 8 --save-every 3 --eval-sequences 5".split()]
-
-
-def start(*arguments):
-    """train.py in a process of its own."""
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
 
 
 def final(folder):
@@ -154,15 +147,15 @@ def test_killed_at_any_moment_and_resumed(seed):
         while not Path("runs/broken/last.pt").exists() and time.monotonic() < wait:
             time.sleep(0.01)
         before = Path("runs/broken/last.pt").stat().st_mtime_ns
-        while Path("runs/broken/last.pt").stat().st_mtime_ns == before and process.poll() is None:
+        while Path("runs/broken/last.pt").stat().st_mtime_ns == before and process.is_alive():
             time.sleep(0.005)                                     # it trains
         time.sleep(random.uniform(0, 0.3))
         process.kill()
-        process.wait()
+        process.join()
         kills += 1
-        process = start("--resume", "runs/broken")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+        process = start("--resume", "runs/broken", output="resumed")
+    process.join()
+    assert process.exitcode == 0, Path("resumed").read_text()
     assert_same(final("runs/broken"), final("runs/whole"))
 
 
@@ -326,11 +319,12 @@ def test_a_bf16_run_on_a_cpu_without_bf16(monkeypatch, capsys):
 def test_no_terminal_is_too_plain(capsys):
     """A terminal or a pipe that knows ASCII only, and one that closes early."""
     listing = [sys.executable, str(ROOT / "train.py"), "--list", "--setup", "fullres", "--data", "taxibj"]
-    out = subprocess.run(listing, text=True, capture_output=True, env=os.environ | dict(PYTHONIOENCODING="ascii"))
-    assert out.returncode == 0 and "convlstm" in out.stdout and not out.stderr
-    process = start("--list", "--data", "taxibj")
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 0
+    ascii_only, closing = (subprocess.Popen(listing, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | other)
+                           for other in (dict(PYTHONIOENCODING="ascii"), {}))
+    closing.stdout.close()
+    assert closing.stderr.read() == b"" and closing.wait() == 0
+    out, err = ascii_only.communicate()
+    assert ascii_only.returncode == 0 and b"convlstm" in out and not err
 
 
 def test_out_of_memory(capsys):
