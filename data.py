@@ -1141,19 +1141,19 @@ def open_films(path, data_dir, info, options=None, any_size=False):
 
 # --------------------------------------------------------------------------- datasets unpacked once into one long array
 
-KEPT = r"-[0-9a-f]{12}\.(npy|json)"    # ends the names of what `unpack_once` writes, an array and its index
+FRAMES = r"frames-[0-9a-f]{12}\.(npy|json)"    # the names of what `unpack_once` writes, an array and its index
 
 
-def unpack_once(folder, sources, pieces, about="", kind="frames"):
+def unpack_once(folder, sources, pieces, about=""):
     """What is made of files once, and kept in `folder` as one memory-mapped array: (array, index).
 
     sources: the files that it is made of. pieces: a generator, run only if nothing whole is kept of these files, their
     sizes and times. It yields arrays (n, …) of one type and shape, None to forget what came before, and at last the
     index, a dict, JSON-safe. Where no source is left, what was made before is taken; None where there is nothing at
-    all. about: what else the result depends on. kind: the first part of the kept files' names.
+    all. about: what else the result depends on.
     """
     if not sources:
-        before = (_kept(folder / name, about) for name in _listed(folder, kind + KEPT) if name.endswith(".npy"))
+        before = (_kept(folder / name, about) for name in _listed(folder, FRAMES) if name.endswith(".npy"))
         return next(filter(None, before), None)
 
     def write(file):
@@ -1166,8 +1166,8 @@ def unpack_once(folder, sources, pieces, about="", kind="frames"):
         stats = [(str(path.relative_to(folder) if path.is_relative_to(folder) else path), path.stat())
                  for path in sources]
         state = [about, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
-        path = folder / f"{kind}-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.npy"
-        with alone_in(folder, kind + KEPT):
+        path = folder / f"frames-{hashlib.sha256(repr(state).encode()).hexdigest()[:12]}.npy"
+        with alone_in(folder, FRAMES):
             if found := _kept(path, about):
                 return found
             try:
@@ -1175,7 +1175,7 @@ def unpack_once(folder, sources, pieces, about="", kind="frames"):
             except PermissionError:    # Windows, where nobody waits: another process made it and has it mapped
                 if not _kept(path, about):
                     raise
-            for old in (folder / name for name in _listed(folder, kind + KEPT)):
+            for old in (folder / name for name in _listed(folder, FRAMES)):
                 if old.suffix == ".json" and old.stem != path.stem and (_index(old) or {}).get("about") == about:
                     remove(old.with_suffix(".npy"), old)
             return _kept(path, about)
@@ -1240,7 +1240,7 @@ def _listed(folder, names, others=None):
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from None
     if others is not None:
-        others += [name for name in there if not re.fullmatch(f"{names}|(frames|ranges){KEPT}", name)]
+        others += [name for name in there if not re.fullmatch(f"{names}|{FRAMES}", name)]
     return [name for name in there if re.fullmatch(names, name)]
 
 
