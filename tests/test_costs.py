@@ -7,7 +7,7 @@ import pytest
 import torch
 from bench import kept_bytes, layer_output_bytes
 from conftest import count_parameters
-from test_contract import CASES, NAMES
+from test_contract import CASES, NAMES, small
 from torch.utils.flop_counter import FlopCounterMode
 
 from train import PAPER_FRAMES, as_printed, cost
@@ -28,6 +28,7 @@ def built(name, row, size):
 def count(name, row, size=None, upsampling=0):
     """Parameters, and multiply-accumulates of one sequence by the operation that makes them, of a published row.
 
+    Two steps are counted: all cost the same.
     upsampling: how many operations one pixel of a bilinear up-sampling counts as.
     """
     def bilinear(*shapes, out_shape, **_):
@@ -38,8 +39,19 @@ def count(name, row, size=None, upsampling=0):
     model = built(name, row, size)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.upsample_bilinear2d: bilinear}) as counter:
         with torch.no_grad():
-            model(torch.empty(1, frames, 1, size, size, device="meta"), extras="loss")   # as in training
-    return count_parameters(model), {str(op): n / 2 for op, n in counter.get_flop_counts()["Global"].items()}
+            model(torch.empty(1, 3, 1, size, size, device="meta"), extras="loss")        # as in training
+    counts = counter.get_flop_counts()["Global"]
+    return count_parameters(model), {str(op): (frames - 1) / 2 * n / 2 for op, n in counts.items()}
+
+
+@pytest.mark.parametrize("name, setup, variant", CASES)
+def test_every_step_costs_the_same(name, setup, variant):
+    model, counts = small(name, setup, variant), []
+    for steps in (1, 2, 7):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.rand(1, 1 + steps, 1, 16, 16), extras="loss")
+        counts.append(counter.get_total_flops() / steps)
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 @pytest.mark.parametrize("name, row", ROWS)
