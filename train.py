@@ -392,8 +392,8 @@ def read_log(path):
 def all_finite(states):
     """Whether all tensors of a list of tensors and dicts of tensors are finite, at one look."""
     tensors = [t for state in states for t in (state.values() if isinstance(state, dict) else [state])]
-    largest = torch._foreach_norm([t for t in tensors if t.is_floating_point() and t.numel() > 1], math.inf)
-    return bool(torch.stack(largest).isfinite().all())
+    largest = torch.nn.utils.get_total_norm([t for t in tensors if t.is_floating_point()], math.inf)
+    return bool(largest.isfinite())
 
 
 # ----------------------------------------------------------------------------------------------------- the step on CUDA

@@ -3,6 +3,7 @@ one's own."""
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -188,6 +189,14 @@ def test_states_that_are_not_finite_are_not_saved(capsys, monkeypatch):
     monkeypatch.setattr(train, "train_step", bad)
     assert "not finite at iteration 1" in refused(capsys, *TINY, "--name", "a", status=1)
     assert torch.load("runs/a/last.pt", weights_only=True)["iteration"] == 0
+
+
+def test_one_number_that_is_not_finite_is_seen():
+    """Such as the output's bias of a network on full frames, which is one number."""
+    for one in (torch.ones(1), torch.ones(())):
+        assert train.all_finite([torch.ones(3), dict(step=one)])
+        for bad in (math.nan, math.inf, -math.inf):
+            assert not train.all_finite([torch.ones(3), one * bad]) and not train.all_finite([dict(step=one * bad)])
 
 
 def test_a_validation_that_is_not_finite_ends_the_run(capsys, monkeypatch):
