@@ -195,7 +195,9 @@ def cost(module, frames, channels=1, size=64, **network):
 # ------------------------------------------------------------------------------------------------------------- the step
 
 def autocast(device, precision):
-    """Convolutions and matrix products in bf16 where asked for; memories, norms, losses and scores are fp32."""
+    """Convolutions and matrix products in bf16 or TF32 where asked for; memories, norms, losses and scores are fp32."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -938,7 +940,6 @@ def command_resume(args):
     if not computes_in(device, config["precision"]):
         say(f"this device has no {config['precision']} arithmetic: going on in fp32")
         config["precision"] = "fp32"
-    precision_of(config["precision"], device)
     open_run_data(run, args, training=True)
     config |= dict(device=device.type, versions=versions(device), data_dir=os.path.abspath(data_dir_of(run, args)),
                    folder=os.path.abspath(run.folder), compile=compile_of(args, device))
@@ -1350,6 +1351,7 @@ def device_of(name, quick=False):
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s)")
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True   # sizes never change, so trying every algorithm once pays
     return device
 
 
@@ -1378,14 +1380,11 @@ def computes_in(device, precision):
 
 
 def precision_of(name, device):
-    """The arithmetic to train in; sets up what the whole process shares."""
+    """The arithmetic that was asked for, or the device's default."""
     name = name or ("bf16" if device.type == "cuda" and computes_in(device, "bf16") else "fp32")
     if not computes_in(device, name):
         raise UserError("--precision tf32 is CUDA's; on the CPU use fp32 or bf16" if name == "tf32" else
                         f"--precision bf16: this {device.type.upper()} device has no bf16 arithmetic; use fp32")
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
-    torch.backends.cudnn.benchmark = True       # sizes never change, so trying every algorithm once pays
     return name
 
 

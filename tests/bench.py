@@ -297,7 +297,8 @@ def ceiling(device, precision):
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     image, kernel = b.view(1, n, 32, n // 32), a.view(n, n, 1, 1)
-    seconds = in_turn({"product": lambda: a @ b, "convolution": lambda: torch.conv2d(image, kernel)}, repeats=6)
+    with train.autocast(device, precision):
+        seconds = in_turn({"product": lambda: a @ b, "convolution": lambda: torch.conv2d(image, kernel)}, repeats=6)
     return 2 * n**3 / min(second for each in seconds.values() for second in each[1:])
 
 

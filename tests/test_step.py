@@ -154,6 +154,14 @@ def test_adam_on_a_device_is_fused_and_has_its_rate_there(kind, monkeypatch):
     assert given == dict(lr=1e-3, weight_decay=0.0)
 
 
+def test_tf32_is_where_it_is_asked_for():
+    """Several runs may be drawn by one process, each in its own arithmetic."""
+    for precision in ("tf32", "fp32", "tf32", "bf16"):
+        with train.autocast(CPU, precision):
+            found = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision() == "high"
+        assert found == (precision == "tf32",) * 2
+
+
 # -------------------------------------------------------------------------------------------- a graph, stood in for on the CPU
 
 def held(step):
