@@ -81,6 +81,7 @@ class Run:
     validation: list = field(default_factory=list)      # [[iteration, MSE], …]
     checkpoint: dict = None         # that it was read from, if any
     weights: str = "last"           # or "best": that checkpoint's name
+    piece: int = EVAL_BATCH         # sequences that an evaluation forecasts at a time, fewer where they do not fit
 
 
 def settings(args):
@@ -589,34 +590,26 @@ class Step:
 
 # --------------------------------------------------------------------------------------------------------- evaluation
 
-class Forecaster:
-    """A trained model at work: predictions of batches, in as small pieces as the device's memory wants.
+@torch.no_grad()
+def predict(run, frames, horizon):
+    """A trained model's predictions of a batch, in as small pieces as the device's memory wants (`run.piece`).
 
-    piece: sequences at a time; halved until they fit. Called with frames (B, T, C, H, W) in [0, 1], NaN where there are
-    no data: the model reads 0 there. Returns (B, T-1+horizon, C, H, W), float32, not clipped; with `extras` a pair.
+    frames: (B, T, C, H, W) in [0, 1], NaN where there are no data: the model reads 0 there. Returns
+    (B, T-1+horizon, C, H, W), float32, not clipped.
     """
-
-    def __init__(self, model, config, piece=EVAL_BATCH):
-        self.model, self.config, self.piece = model, config, piece
-
-    @torch.no_grad()
-    def __call__(self, frames, horizon, extras=None):
-        frames = frames.nan_to_num(0.0)
-        while True:
-            try:
-                with autocast(frames.device, self.config["precision"]):
-                    if extras is not None:
-                        predictions, found = self.model(frames, horizon=horizon, extras=extras)
-                        return predictions.float(), found
-                    return torch.cat([self.model(part, horizon=horizon).float() for part in frames.split(self.piece)])
-            except (MemoryError, RuntimeError) as error:
-                if self.piece == 1 or extras is not None or not out_of_memory(error):
-                    raise
-            self.piece //= 2        # out of the handler, so that what did not fit is gone
+    frames = frames.nan_to_num(0.0)
+    while True:
+        try:
+            with autocast(run.device, run.config["precision"]):
+                return torch.cat([run.model(part, horizon=horizon).float() for part in frames.split(run.piece)])
+        except (MemoryError, RuntimeError) as error:
+            if run.piece == 1 or not out_of_memory(error):
+                raise
+        run.piece //= 2             # out of the handler, so that what did not fit is gone
 
 
-def batches(part, total, horizon, forecast, device, stop):
-    """Sequences 0 … total - 1 of a part of the clips, with their predictions, batch by batch of this process's share.
+def batches(run, part, total, horizon, stop):
+    """Sequences 0 … total - 1 of a part of a run's clips and their predictions, batch by batch of this process's share.
 
     part: (start, stop, device) -> frames (b, T, C, H, W), of which `horizon` are to be forecast. Yields (start, stop),
     frames and predictions (b, T-1, C, H, W).
@@ -629,8 +622,8 @@ def batches(part, total, horizon, forecast, device, stop):
         start = share.start + done
         if start < share.stop:
             rows = start, min(start + EVAL_BATCH, share.stop)
-            frames = part(*rows, device)
-            yield rows, frames, forecast(frames[:, :-horizon], horizon)
+            frames = part(*rows, run.device)
+            yield rows, frames, predict(run, frames[:, :-horizon], horizon)
 
 
 def scores_of(clips, frames, predictions, horizon):
@@ -653,33 +646,30 @@ def scores_of(clips, frames, predictions, horizon):
                                                    None if there is None else there[:, at, :channels])
 
 
-def joined(scores):
-    """Scores of the batches of a set, {name: (b, T)} each, as those of the set, on the CPU."""
-    return {name: torch.cat([batch[name] for batch in scores]).cpu() for name in scores[0]}
+def joined(parts):
+    """Scores of parts of a set, {name: (b, T)} each or {} where a part is empty, as those of the set, on the CPU."""
+    parts = [part for part in parts if part]
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in (parts[0] if parts else ())}
 
 
 def validate(run, stop):
     """The forecast's mean MSE over some of the validation set; None if the user asks to stop meanwhile."""
     scores, horizon = [], run.config["horizon"]
-    forecast, total = Forecaster(run.model, run.config), run.config["valid_sequences"]
     try:
-        for _, frames, predictions in batches(run.clips.valid, total, horizon, forecast, run.device, stop):
-            found = next(scores_of(run.clips, frames, predictions, horizon))[3]
-            scores.append(torch.stack([found["mse"], found["pixels"]]))
+        for _, frames, predictions in batches(run, run.clips.valid, run.config["valid_sequences"], horizon, stop):
+            scores.append(next(scores_of(run.clips, frames, predictions, horizon))[3])
     except Interrupted:
         return None
-    scores = torch.cat(scores, 1).cpu() if scores else torch.empty(2, 0, horizon, dtype=torch.float64)
-    mse, pixels = torch.cat(processes.from_all(scores), 1)
-    return mse[pixels != 0].mean().item()       # frames without data have no score
+    scores = joined(processes.from_all(joined(scores)))
+    return scores["mse"][scores["pixels"] != 0].mean().item()       # frames without data have no score
 
 
-def evaluate(run, stop, piece=EVAL_BATCH):
-    """All scores of the test set, {"forecast": {"mse": {"mean": …, "frames": […]}, …}, "all_predictions": …, …}, and
-    how many sequences went through the model at a time. The device is waited for once, at the end."""
+def evaluate(run, stop):
+    """All scores of the test set, {"forecast": {"mse": {"mean": …, "frames": […]}, …}, "all_predictions": …, …}. The
+    device is waited for once, at the end."""
     clips, horizon = run.clips, run.clips.test_horizon
     scores, sums, units = {}, Counter(), bool(clips.unit or clips.own)
-    forecast, total = Forecaster(run.model, run.config, piece), run.config["eval_sequences"]
-    for rows, frames, predictions in batches(clips.test, total, horizon, forecast, run.device, stop):
+    for rows, frames, predictions in batches(run, clips.test, run.config["eval_sequences"], horizon, stop):
         stored = clips.test_units(*rows, run.device) if units else None
         for name, made, at, found in scores_of(clips, frames, predictions, horizon):
             scores.setdefault(name, []).append(found)
@@ -695,17 +685,17 @@ def evaluate(run, stop, piece=EVAL_BATCH):
                     sums["events", name] += metrics.event_counts(made, truth, clips.thresholds, there)
     scores = {name: joined(parts) for name, parts in scores.items()}
     sums = {name: values.cpu() for name, values in sums.items()}
-    scores, sums, pieces = zip(*processes.from_all((scores, sums, forecast.piece)))
-    summaries, total = {}, Counter()
+    scores, sums, pieces = zip(*processes.from_all((scores, sums, run.piece)))
+    run.piece, summaries, total = min(pieces), {}, Counter()
     for part in sums:
         total.update(part)
     for name in scores[0]:
-        summaries[name] = metrics.summarize(joined([part[name] for part in scores if name in part]))
+        summaries[name] = metrics.summarize(joined(part.get(name) for part in scores))
         if ("errors", name) in total:
             summaries[name] |= metrics.unit_summary(total["errors", name])
         if ("events", name) in total:
             summaries[name] |= metrics.csi_hss(total["events", name], clips.thresholds)
-    return summaries, min(pieces)
+    return summaries
 
 
 def finish(run, stop, suffix=""):
@@ -714,14 +704,17 @@ def finish(run, stop, suffix=""):
     number = config["eval_sequences"]
     say(f"evaluating {number} of {clips.test_count} test sequences ({clips.test_set})")
     before = read_results(path) if path.exists() else {}
-    summaries, piece = evaluate(run, stop, before.get("eval_batch", EVAL_BATCH))
+    run.piece = before.get("eval_batch", EVAL_BATCH)        # in other pieces the last bits are others
+    summaries = evaluate(run, stop)
     if not processes.first:
         return
     about = {name: config[name] for name in ("model", "variant", "setup", "frames_in", "precision")}
     about |= dict(data=clips.name, test_set=clips.test_set, sequences=number, horizon=clips.test_horizon,
-                  unit=clips.unit, iteration=run.iteration, weights=run.weights, eval_batch=piece)
+                  unit=clips.unit, iteration=run.iteration, weights=run.weights, eval_batch=run.piece)
     write_json(path, about | dict(validation=run.validation, **summaries))
-    picture = data.write_whole(run.folder / f"forecast{suffix}.png", metrics.png(film_strip(run)))
+    films = [film_of(run, k, f"test sequence {k}") for k in range(min(3, clips.test_count))]
+    picture = data.write_whole(run.folder / f"forecast{suffix}.png",
+                               metrics.png(metrics.film_sheet(films, label_of(run), clips.unit)))
     # MS-LSTM's released code has PSNR and SSIM of its own; the table shows those that the papers of the set-up report.
     own = {"psnr": "psnr_float", "ssim": "ssim_gaussian"} if config["setup"] == "fullres" else {}
     published = [{own.get(k, k): v for k, v in row.items()} for row in published_scores(config, clips)]
@@ -753,22 +746,28 @@ def label_of(run):
             f"{run.iteration}")
 
 
-def film_strip(run, sequences=3):
-    """A picture of the first test sequences and their forecasts."""
-    clips, horizon = run.clips, run.clips.test_horizon
-    frames = clips.test(0, min(sequences, clips.test_count), run.device)
-    predictions = Forecaster(run.model, run.config)(frames[:, :-horizon], horizon)
-    films = [metrics.Film(f"test sequence {k}", len(truth) - horizon, truth, {"": forecast})
-             for k, (truth, forecast) in enumerate(zip(*in_units(clips, 0, frames, predictions[:, -horizon:])))]
-    return metrics.film_sheet(films, label_of(run), clips.unit)
-
-
-def in_units(clips, start, frames, forecast):
-    """Test sequences from `start` on and a forecast as they are drawn: in the data's unit, NaN without data."""
-    forecast = forecast.clamp(0, 1)
+@torch.no_grad()
+def shown_forecast(run, number, extras="loss"):
+    """A test sequence and its forecast as they are drawn, in the data's unit, NaN where there are no data; all frames
+    that the model read; its extras."""
+    clips, past = run.clips, run.clips.frames_in
+    frames = clips.test(number, number + 1, run.device)
+    with autocast(run.device, run.config["precision"]):
+        predictions, found = run.model(frames[:, :past].nan_to_num(0.0), horizon=clips.test_horizon, extras=extras)
+    extras = {name: [layer.float().cpu() for layer in (layers if isinstance(layers, list) else [layers])]
+              for name, layers in found.items() if name != "loss"}
+    predictions = predictions.float().clamp(0, 1)
+    reads = torch.cat([frames[0, :past], predictions[0, past - 1:-1]]).nan_to_num(0.0)
+    truth, forecast = frames, predictions[:, past - 1:]
     if clips.unit:
-        frames, forecast = clips.test_units(start, start + len(frames)), clips.to_units(forecast)
-    return frames.float().cpu(), forecast.float().cpu()
+        truth, forecast = clips.test_units(number, number + 1), clips.to_units(forecast)
+    return truth[0].float().cpu(), forecast[0].float().cpu(), reads.cpu(), extras
+
+
+def film_of(run, number, caption):
+    """A test sequence and its forecast, to be drawn."""
+    truth, forecast, *_ = shown_forecast(run, number)
+    return metrics.Film(caption, run.clips.frames_in, truth, {"": forecast})
 
 
 # --------------------------------------------------------------------------------------------------- runs on the disk
@@ -1027,10 +1026,10 @@ def command_predict(args):
     run = trained(args, args.predict)
     open_other_data(run, args, data.open_films)
     films, horizon = run.clips, args.horizon or run.config["horizon"]
-    forecast, found = Forecaster(run.model, run.config), []
+    found = []
     for start in tqdm(range(0, films.test_count, EVAL_BATCH), desc="forecast", disable=not on_terminal()):
         frames = films.test(start, min(start + EVAL_BATCH, films.test_count), run.device)
-        found.append(forecast(frames, horizon)[:, -horizon:].cpu())
+        found.append(predict(run, frames, horizon)[:, -horizon:].cpu())
     found, content = torch.cat(found), io.BytesIO()
     array = films.as_file(found)
     np.save(content, array)
@@ -1117,29 +1116,16 @@ def results_of(run, args):
     return results
 
 
-def shown_forecast(run, number, extras="loss"):
-    """A test sequence and its forecast, as they are drawn; all frames that the model read; its extras."""
-    past, frames = run.clips.frames_in, run.clips.test(number, number + 1, run.device)
-    predictions, found = Forecaster(run.model, run.config)(frames[:, :past], run.clips.test_horizon, extras)
-    extras = {name: [layer.float().cpu() for layer in (layers if isinstance(layers, list) else [layers])]
-              for name, layers in found.items() if name != "loss"}
-    truth, forecast = in_units(run.clips, number, frames, predictions[:, past - 1:])
-    reads = torch.cat([frames[0, :past], predictions[0, past - 1:-1].clamp(0, 1)]).nan_to_num(0.0)
-    return truth[0], forecast[0], reads.cpu(), extras
-
-
 def figures_of(run, results):
     """Every picture of a run alone, {name of a file: its content}, and the number of the median sequence."""
     clips, past, horizon, label = run.clips, run.clips.frames_in, run.clips.test_horizon, label_of(run)
     with Stop() as stop:
         scores = [next(scores_of(clips, frames, predictions, horizon))[3] for _, frames, predictions in batches(
-            clips.test, results["sequences"], horizon, Forecaster(run.model, run.config), run.device, stop)]
+            run, clips.test, results["sequences"], horizon, stop)]
     ranked = metrics.ranked(joined(scores))
-    films, median = [], ranked["median"][0]
-    for name, (number, mse) in ranked.items():
-        truth, forecast, *_ = shown_forecast(run, number)
-        caption = f"{name} of {results['sequences']}: test sequence {number}, MSE {mse:.4g}"
-        films.append(metrics.Film(caption, past, truth, {"": forecast}))
+    films = [film_of(run, number, f"{name} of {results['sequences']}: test sequence {number}, MSE {mse:.4g}")
+             for name, (number, mse) in ranked.items()]
+    median = ranked["median"][0]
     loss = [(int(row[0]), float(row[1])) for row in read_log(run.folder / "log.csv")]
     loss, mse = ([point for point in points if point[0] <= run.iteration] for points in (loss, run.validation))
     training = [(f"{run.config['loss']} loss (sum over a frame)", "iteration", {"training": loss}),
