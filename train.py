@@ -30,7 +30,6 @@ if __name__ == "__main__":      # torch takes seconds to import: Ctrl-C is one l
 
 import argparse
 import contextlib
-import csv
 import functools
 import io
 import json
@@ -271,17 +270,16 @@ def train(run, stop):
     log = Log(run)
 
     def save(name):
-        log.check(run.iteration)
+        losses = log.numbers()
         optimizer = step.optimizer.state_dict()
         if not all_finite([*run.model.state_dict().values(), *optimizer["state"].values()]):
             raise log.broken("the weights were", run.iteration)
-        window = log.state()
         if processes.first:
             save_checkpoint(run.folder / name, dict(
-                config=config, iteration=run.iteration, validation=run.validation, **window,
-                model=run.model.state_dict(), optimizer=optimizer))
+                config=config, iteration=run.iteration, validation=run.validation, logged=log.logged, losses=losses,
+                seconds=log.seconds(), model=run.model.state_dict(), optimizer=optimizer))
 
-    with contextlib.closing(log):
+    with log.bar:
         while True:
             # Everything due at this iteration comes first, so a run resumed here, or one that was stopped in the middle
             # of it, does the same things in the same order.
@@ -310,9 +308,9 @@ def train(run, stop):
             frames = clips.train(config["seed"], iteration, config["batch"], share, device)
             mask, epsilon = sampling_mask(run.model, config, iteration, device)
             lr = learning_rate(config, iteration)
-            log.losses[iteration % config["log_every"]] = step(frames, mask, lr)
+            loss = step(frames, mask, lr)
             run.iteration += 1
-            log.tick(run.iteration, lr, epsilon)
+            log.add(loss, lr, epsilon)
 
 
 class Log:
@@ -323,61 +321,57 @@ class Log:
     is resumed from are cut off.
     """
 
-    HEADER = ["iteration", "loss", "lr", "epsilon", "seconds"]
-
     def __init__(self, run):
-        self.config, self.folder, self.plain_at = run.config, run.folder, 0.0
-        self.losses = torch.zeros(run.config["log_every"], device=run.device)       # since the last line
-        self.start, self.logged, self.begun, rows = run.iteration, 0, time.monotonic(), []
-        self.path = run.folder / "log.csv"
+        self.run, self.path, rows = run, run.folder / "log.csv", []
+        self.losses, self.logged = [], run.iteration        # since the last line, and the iteration of that line
+        self.begun, self.plain_at = time.monotonic(), 0.0
         if before := run.checkpoint:
             self.logged = before["logged"]
             self.begun -= before["seconds"]
-            self.losses += before["losses"].to(run.device) if processes.first else 0
-            rows = [row for row in read_log(self.path) if int(row[0]) <= self.start]
-        self.seconds_before = time.monotonic() - self.begun
+            self.losses = [torch.tensor(loss if processes.first else 0.0, device=run.device)
+                           for loss in before["losses"]]
+            rows = [row for row in read_log(self.path) if int(row[0]) <= run.iteration]
+        self.start, self.seconds_before = run.iteration, self.seconds()
         if processes.first:
-            data.write_whole(self.path, "".join(",".join(row) + "\n" for row in [self.HEADER, *rows]).encode())
+            rows = [["iteration", "loss", "lr", "epsilon", "seconds"], *rows]
+            data.write_whole(self.path, "".join(",".join(row) + "\n" for row in rows).encode())
         self.bar = tqdm(total=run.config["iterations"], initial=self.start, unit="it", dynamic_ncols=True,
                         disable=not (processes.first and on_terminal()))
 
-    def state(self):
-        return dict(logged=self.logged, seconds=time.monotonic() - self.begun, losses=processes.sum(self.losses).cpu())
+    def seconds(self):
+        return time.monotonic() - self.begun
 
     def broken(self, what, iteration):
         return RunError(f"{what} not finite at iteration {iteration}; the last good checkpoint is "
-                        f"{self.folder / 'last.pt'}; try a lower --lr or --precision fp32")
+                        f"{self.run.folder / 'last.pt'}; try a lower --lr or --precision fp32")
 
-    def check(self, iteration):
-        """The losses since the last line, as numbers; one that is not finite ends the run."""
-        every = self.config["log_every"]
-        found = processes.sum(self.losses)[self.logged % every:(iteration - 1) % every + 1].tolist() \
-            if iteration > self.logged else []
-        for at, loss in enumerate(found, self.logged + 1):
+    def numbers(self):
+        """The losses since the last line; one that is not finite ends the run."""
+        losses = processes.sum(torch.stack(self.losses)).tolist() if self.losses else []
+        for iteration, loss in enumerate(losses, self.logged + 1):
             if not math.isfinite(loss):
-                raise self.broken("the loss was", at)
-        return found
+                raise self.broken("the loss was", iteration)
+        return losses
 
-    def tick(self, iteration, lr, epsilon):
+    def add(self, loss, lr, epsilon):
         """An iteration is done; every `log_every` of them, and the last, give a line."""
+        iteration, config = self.run.iteration, self.run.config
+        self.losses.append(loss)
         self.bar.update()
-        if iteration % self.config["log_every"] and iteration != self.config["iterations"]:
+        if iteration % config["log_every"] and iteration != config["iterations"]:
             return
-        found = self.check(iteration)
-        loss, self.logged, seconds = sum(found) / len(found), iteration, time.monotonic() - self.begun
+        losses, seconds = self.numbers(), self.seconds()
+        loss, self.losses, self.logged = sum(losses) / len(losses), [], iteration
         if processes.first:
             with open(self.path, "a") as file:
                 file.write(f"{iteration},{loss!r},{lr!r},{epsilon!r},{seconds:.2f}\n")
         rate = (iteration - self.start) / (seconds - self.seconds_before)
-        text = f"loss {loss:.4g}, ε {epsilon:.2f}, lr {lr:.2g}, {rate * self.config['batch']:.1f} sequences/s"
+        text = f"loss {loss:.4g}, ε {epsilon:.2f}, lr {lr:.2g}, {rate * config['batch']:.1f} sequences/s"
         self.bar.set_postfix_str(text)
         if self.bar.disable and time.monotonic() - self.plain_at > 15:
-            left = (self.config["iterations"] - iteration) / rate
-            say(f"iteration {iteration}/{self.config['iterations']}: {text}, {left / 60:.0f} min left")
+            left = (config["iterations"] - iteration) / rate
+            say(f"iteration {iteration}/{config['iterations']}: {text}, {left / 60:.0f} min left")
             self.plain_at = time.monotonic()
-
-    def close(self):
-        self.bar.close()
 
 
 def read_log(path):
@@ -386,7 +380,7 @@ def read_log(path):
         return []
     with data.reading(path, "move it away to go on without it") as file:
         text = file.read().decode()
-        rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))[1:]
+        rows = [line.split(",") for line in text[: text.rfind("\n") + 1].splitlines()[1:]]
         for iteration, loss, lr, epsilon, seconds in rows:
             int(iteration), [float(number) for number in (loss, lr, epsilon, seconds)]
     return rows
@@ -853,10 +847,10 @@ def open_run(name):
         model.load_state_dict(checkpoint["model"])
         if not all_finite([*model.parameters(), *checkpoint["optimizer"]["state"].values()]):
             raise ValueError("weights or states that are not finite")
-        parameters, (iteration, logged) = [*model.parameters()], (checkpoint["iteration"], checkpoint["logged"])
-        if not 0 <= logged <= iteration or checkpoint["losses"].shape != (config["log_every"],):
+        parameters, iteration, losses = [*model.parameters()], checkpoint["iteration"], checkpoint["losses"]
+        if not 0 <= checkpoint["logged"] == iteration - len(losses):
             raise ValueError("it stands at no iteration")
-        float(checkpoint["seconds"]), [(int(k), float(mse)) for k, mse in checkpoint["validation"]]
+        float(checkpoint["seconds"]), [*map(float, losses)], [(int(k), float(mse)) for k, mse in checkpoint["validation"]]
         for number, moments in checkpoint["optimizer"]["state"].items():
             if {moments[name].shape for name in ("exp_avg", "exp_avg_sq")} != {parameters[number].shape}:
                 raise ValueError("the optimiser's state is of another network")
@@ -1424,8 +1418,7 @@ class Processes:
         return box
 
     def sum(self, tensor):
-        """The sum over the processes of a tensor, a new one."""
-        tensor = tensor.clone()
+        """The sum over the processes of a tensor, in its place."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
