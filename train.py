@@ -58,7 +58,7 @@ MODELS = ("convlstm", "predrnn", "sa_convlstm", "cms_lstm", "moderrnn", "ms_lstm
 # A network that any machine trains in about three minutes, whatever the model: all its iterations take so many
 # multiply-accumulates (forward). It says nothing about the papers' results.
 QUICK = dict(data="moving_digits", layers=2, hidden=32, kernel=3, patch=8, batch=4, lr=5e-3, final_lr=1e-5,
-             loss="l2+0.2l1", no_reverse=True, eval_sequences=100)
+             loss="l2+0.2l1", reverse=False, eval_sequences=100)
 QUICK_MACS = 1.62e12
 OWN = dict(iterations=None, epochs=100, reverse=False)  # data of one's own: no paper speaks; no storm runs backwards
 MASK_STREAM = 16                    # of data.draws, for scheduled sampling
@@ -83,8 +83,11 @@ class Run:
     piece: int = EVAL_BATCH         # sequences that an evaluation forecasts at a time, fewer where they do not fit
 
 
-def settings(args):
-    """Every setting of a new run, as JSON-safe data, its clips and its device. What is not given is the paper's."""
+def settings(args, init=None):
+    """Every setting of a new run, as JSON-safe data, its clips and its device. What is not given is the paper's.
+
+    init: the run of --init.
+    """
     module = model_file(args.model)
     setup, variant = args.setup or module.DEFAULT_SETUP, args.variant or "full"
     if variant not in module.VARIANTS:
@@ -92,17 +95,18 @@ def settings(args):
     quick = QUICK if args.quick else {}
 
     def pick(name, default=None):
-        return next((v for v in (getattr(args, name), quick.get(name), default) if v is not None), None)
+        given = getattr(args, name)
+        return quick.get(name, default) if given is None else given
 
     device = device_of(args.device, quick=args.quick)
     precision = precision_of(args.precision, device)
     source, options = pick("data", "moving_mnist"), options_of(args)
-    start = None if args.init is None else open_run(args.init).config["clips"].get("scale")
+    start = init and init.config["clips"].get("scale")
     if start and source not in data.DATASETS and "normalize" not in options:
         options["scale"] = start    # weights mean what they meant
     clips = data.open_data(source, args.data_dir or "data", setup, args.frames_in, args.horizon, **options)
     scale = json_safe(clips.info()).get("scale")
-    if start is not None and scale != start:
+    if start and scale != start:
         raise UserError(f"--init {args.init}: its weights read data scaled by {start}, these are scaled by "
                         f"{scale or 'their type'}: leave out --normalize to take over the run's scale")
     training = dict(module.TRAINING[setup])
@@ -122,13 +126,13 @@ def settings(args):
     iterations, on_cpu = pick("iterations", whole), device.type == "cpu"
     eval_sequences = min(pick("eval_sequences", 200 if on_cpu else clips.test_count), clips.test_count)
     config = dict(
-        model=args.model, variant=variant, setup=setup, quick=bool(args.quick), network=network,
+        model=args.model, variant=variant, setup=setup, network=network,
         data=source if source in data.DATASETS else os.path.abspath(source), options=options,
         data_dir=os.path.abspath(args.data_dir or "data"), frames_in=clips.frames_in, horizon=clips.horizon,
         clips=clips.info(),
         optimizer=training["optimizer"], weight_decay=training.get("weight_decay", 0.0), lr=pick("lr", training["lr"]),
         final_lr=training.get("final_lr"), loss=training["loss"], batch=batch,
-        reverse=training["reverse"] and not pick("no_reverse"),
+        reverse=training["reverse"] and not args.no_reverse,
         iterations=iterations, schedule=iterations,     # `schedule`: what ε and lr are spread over, on a longer run too
         seed=args.seed or 0, precision=precision, recompute=bool(args.recompute),
         graph=not args.no_graph, compile=compile_of(args, device), init=args.init and os.path.abspath(args.init),
@@ -173,19 +177,18 @@ def model_file(name):
 def build(config):
     """The network of a run, on the CPU, as its seed makes it."""
     torch.manual_seed(config["seed"])
-    network = config["network"] | dict(size=tuple(config["network"]["size"]))
+    module = model_file(config["model"])
     try:
-        model = model_file(config["model"]).MODEL(setup=config["setup"], variant=config["variant"], **network)
+        model = module.MODEL(setup=config["setup"], variant=config["variant"], **config["network"])
     except ValueError as error:
         raise UserError(f"{config['model']}: {error}") from None
     model.recompute = config["recompute"]
     return model
 
 
-def cost(module, frames, channels=1, size=64, **network):
+def cost(module, frames, channels=1, size=(64, 64), **network):
     """Parameters of a network, and multiply-accumulates of one sequence of that many frames as in training, counted by
     torch without computing anything. One step is counted: all cost the same, whatever they read."""
-    size = (size, size) if isinstance(size, int) else tuple(size)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         model = module.MODEL(channels=channels, size=size, **network)
         model(torch.empty(1, 2, channels, *size), extras="loss")
@@ -283,18 +286,16 @@ def train(run, stop):
         while True:
             # Everything due at this iteration comes first, so a run resumed here, or one that was stopped in the middle
             # of it, does the same things in the same order.
-            iteration, done = run.iteration, run.iteration == config["iterations"]
-            due = iteration and (iteration % config["eval_every"] == 0 or done)
-            if due and iteration not in (k for k, _ in run.validation):
-                score = validate(run, stop)
-                if score is not None:
-                    if not math.isfinite(score):
-                        raise log.broken("the validation's MSE was", iteration)
-                    best = score < min((mse for _, mse in run.validation), default=math.inf)
-                    run.validation.append([iteration, score])
-                    say(f"iteration {iteration}: validation MSE {score:.2f}" + (", the best yet" if best else ""))
-                    if best:
-                        save("best.pt")
+            iteration, done, scores = run.iteration, run.iteration == config["iterations"], dict(run.validation)
+            due = iteration and (iteration % config["eval_every"] == 0 or done) and iteration not in scores
+            if due and (score := validate(run, stop)) is not None:
+                if not math.isfinite(score):
+                    raise log.broken("the validation's MSE was", iteration)
+                best = score < min(scores.values(), default=math.inf)
+                run.validation.append([iteration, score])
+                say(f"iteration {iteration}: validation MSE {score:.2f}" + (", the best yet" if best else ""))
+                if best:
+                    save("best.pt")
             asked = stop.agreed()
             if iteration % config["save_every"] == 0 or done or asked:
                 save("last.pt")
@@ -822,7 +823,7 @@ def read_results(path):
 CONFIG = {str: "model variant setup data data_dir optimizer loss precision device",
           dict: "network options clips versions", float: "lr weight_decay",
           int: "frames_in horizon batch iterations schedule seed log_every eval_every save_every eval_sequences "
-               "valid_sequences whole", bool: "quick reverse recompute graph as_published"}
+               "valid_sequences whole", bool: "reverse recompute graph as_published"}
 
 
 def open_run(name):
@@ -850,7 +851,8 @@ def open_run(name):
         parameters, iteration, losses = [*model.parameters()], checkpoint["iteration"], checkpoint["losses"]
         if not 0 <= checkpoint["logged"] == iteration - len(losses):
             raise ValueError("it stands at no iteration")
-        float(checkpoint["seconds"]), [*map(float, losses)], [(int(k), float(mse)) for k, mse in checkpoint["validation"]]
+        [float(number) for number in (checkpoint["seconds"], *losses)]
+        [(int(k), float(mse)) for k, mse in checkpoint["validation"]]
         for number, moments in checkpoint["optimizer"]["state"].items():
             if {moments[name].shape for name in ("exp_avg", "exp_avg_sq")} != {parameters[number].shape}:
                 raise ValueError("the optimiser's state is of another network")
@@ -858,17 +860,16 @@ def open_run(name):
                checkpoint=checkpoint, weights=path.stem)
 
 
-def load_weights(model, config):
+def load_weights(model, config, init):
     """--init: give a model the weights of another run, which must be of the same network."""
-    run = open_run(config["init"])
     kind = "model", "variant", "setup"
-    here, there = ({name: of[name] for name in kind} | of["network"] for of in (config, run.config))
+    here, there = ({name: of[name] for name in kind} | of["network"] for of in (config, init.config))
     differs = [f"{name} {there.get(name) or 'of the set-up'}, here {here[name] or 'of the set-up'}"
                for name in here if here[name] != there.get(name)]
-    shapes = [[(name, w.shape) for name, w in one.state_dict().items()] for one in (model, run.model)]
+    shapes = [[(name, w.shape) for name, w in one.state_dict().items()] for one in (model, init.model)]
     if shapes[0] != shapes[1] or any(here[name] != there[name] for name in kind):
         raise UserError(f"--init {config['init']}: its weights are of another network: {'; '.join(differs)}")
-    model.load_state_dict(run.checkpoint["model"])
+    model.load_state_dict(init.model.state_dict())
 
 
 def open_run_data(run, args, training=False):
@@ -906,10 +907,11 @@ def load(run, device="cpu"):
 # ----------------------------------------------------------------------------------------------------------- commands
 
 def command_train(args):
-    config, clips, device = settings(args)
+    init = None if args.init is None else open_run(args.init)
+    config, clips, device = settings(args, init)
     model = build(config)           # a network that cannot be built, or not from --init, leaves no folder behind
-    if config["init"]:
-        load_weights(model, config)
+    if init:
+        load_weights(model, config, init)
     processes.start()
     folder = new_folder(args, config, clips)
     config["folder"] = os.path.abspath(folder)
@@ -1040,7 +1042,7 @@ def open_other_data(run, args, opened, **options):
     fit any."""
     config = run.config
     run.clips = opened(args.data, data_dir_of(run, args), config["clips"], config["options"] | options_of(args),
-                       any_size=not run.model.one_size, **options)
+                       any_size=not getattr(run.model, "one_size", True), **options)
     for note in run.clips.notes:
         say(note)
     if list(run.clips.size) != config["network"]["size"]:
@@ -1083,7 +1085,7 @@ def command_list(args):
             dict(variant=variant, setup=args.setup or module.DEFAULT_SETUP, source=meaning)
             for variant, meaning in module.VARIANTS.items()]
         for row in rows:
-            parameters, macs = cost(module, frames, channels, side, setup=row["setup"], variant=row["variant"])
+            parameters, macs = cost(module, frames, channels, (side, side), setup=row["setup"], variant=row["variant"])
             say(line(name, row["variant"], row["setup"], f"{parameters:,}", row.get("params", "–" if args.data else ""),
                      as_printed(macs, row.get("macs", "1.0G")), row.get("macs", "–" if args.data else ""),
                      row["source"] + (f"  ≠ {row['note']}" if "note" in row else "")))
@@ -1261,9 +1263,10 @@ def parser():
     group("network (default: the paper's)",
           ("variant", "an ablation of the model's paper, as --list shows them (default: full)", text("NAME")),
           ("setup", "the set-up (default: the model's own paper's)", dict(choices=("patch4", "fullres"))),
-          *((name, f"{meaning}", "N") for name, meaning in (
-              ("hidden", "channels of the states"), ("layers", "layers"), ("kernel", "side of the gates' kernels, odd"),
-              ("patch", "side of the patches that frames are cut into"))))
+          ("hidden", "channels of the states", "N"),
+          ("layers", "layers", "N"),
+          ("kernel", "side of the gates' kernels, odd", "N"),
+          ("patch", "side of the patches that frames are cut into", "N"))
     group("training (default: the paper's)",
           ("quick", "a three-minute demonstration on moving_digits, on any machine", flag),
           ("iterations", "how long; 100 epochs for data of yours", "N"),
@@ -1290,7 +1293,6 @@ def parser():
 def parse(argv):
     """The command that a command line gives, and its options: None for what is not given."""
     args = parser().parse_args(argv)
-    args = argparse.Namespace(**{name: None if value is False else value for name, value in vars(args).items()})
     given = [name for name, value in vars(args).items() if value is not None]
     for name in given:
         if getattr(args, name) in ("", []) and name != "normalize":       # argparse lets --lr=-- through as []
