@@ -769,13 +769,13 @@ def film_of(run, number, caption):
 
 def new_folder(args, config, clips):
     """Make the folder of a new run: --out/--name, or --out/model-variant-data-N with the first N that is free."""
-    folder, refusal, out, name = None, None, Path(args.out or "runs"), args.name
+    out, name, folder = Path(args.out or "runs"), args.name, None
+    if name and (Path(name).name != name or name.startswith(".")):
+        raise UserError(f"--name {name}: a plain name, please; the folder is given with --out")
     if processes.first:
+        names = [name] if name else (f"{config['model']}-{config['variant']}-{clips.name}-{n}" for n in count(1))
         try:
-            if name and (Path(name).name != name or name.startswith(".")):
-                raise UserError(f"--name {name}: a plain name, please; the folder is given with --out")
             out.mkdir(parents=True, exist_ok=True)
-            names = [name] if name else (f"{config['model']}-{config['variant']}-{clips.name}-{n}" for n in count(1))
             for folder in (out / name for name in names):
                 with contextlib.suppress(FileExistsError):
                     folder.mkdir()
@@ -787,14 +787,9 @@ def new_folder(args, config, clips):
             except OSError:
                 folder.rmdir()
                 raise
-        except UserError as error:
-            refusal = error
         except OSError as error:
-            refusal = UserError(f"--out {out}: {error.strerror}")
-    folder, refusal = processes.from_all((folder, refusal))[0]
-    if refusal:
-        raise refusal
-    return folder
+            raise UserError(f"--out {out}: {error.strerror}") from None
+    return processes.from_all(folder)[0]
 
 
 def write_json(path, content):
@@ -970,8 +965,6 @@ def work(run):
             frames = config["frames_in"] + config["horizon"]
             raise RunError(f"out of memory with --batch {config['batch']} of {frames} frames {size}: lower --batch or "
                            f"--hidden, or add --recompute") from None
-        if processes.count > 1 and any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
-            raise RunError(f"another process of this run ended; go on with --resume {run.folder}") from None
         if config["compile"] and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             said = " ".join(str(error).split("\n")[:2]).strip()
             raise RunError(f"--compile: {said}; go on without it: --resume {run.folder}") from None
@@ -1525,9 +1518,11 @@ def attempt(argv):
     except OSError as error:
         return 2, f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        return 1, "out of memory: a smaller --hidden or fewer frames would fit"
+        if out_of_memory(error):
+            return 1, "out of memory: a smaller --hidden or fewer frames would fit"
+        if processes.count > 1 and any(word in str(error) for word in ("gloo", "NCCL", "onnection")):
+            return 1, "another process of this run ended; go on with --resume and the run's folder"
+        raise
 
 
 if __name__ == "__main__":
