@@ -163,13 +163,12 @@ def summarize(scores):
         raise ValueError(f"the truth of {bad} of {pixels.numel()} frames holds NaN or values outside [0, 1]")
     summary = {}
     for name, values in scores.items():
-        kept = (pixels > 0).expand(values.shape)
-        entry = {"left_out": int((~kept).sum())}
+        scored, exact = (pixels > 0).expand(values.shape), values == math.inf
+        frames = [frame[kept].tolist() for frame, kept in zip(values.T, (scored & ~exact).T)]  # T lists
+        summary[name] = {"mean": _mean(sum(frames, [])), "frames": [_mean(frame) for frame in frames],
+                         "left_out": int((~scored).sum())}
         if name == "psnr":
-            entry["exact"] = int((kept & (values == math.inf)).sum())
-            kept = kept & (values != math.inf)
-        frames = [frame[keep].tolist() for frame, keep in zip(values.T, kept.T)]  # T lists
-        summary[name] = {"mean": _mean(sum(frames, [])), "frames": [_mean(frame) for frame in frames], **entry}
+            summary[name]["exact"] = int((scored & exact).sum())
     return summary
 
 
