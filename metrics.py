@@ -270,13 +270,14 @@ def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim"), unit=No
     """
     forecast = results["forecast"]
     errors = [m.removeprefix("rmse") for m in forecast if m.startswith("rmse")]  # "", and _1, … of several channels
-    blocks = [[m for m in metrics if m in forecast], *([f"rmse{c}", f"mae_units{c}"] for c in errors[1:] or errors),
-              *([m for m in forecast if m.startswith(score)] for score in ("csi_", "hss_"))]
-    blocks = [block for block in blocks if block]
+    blocks = [metrics, *([f"rmse{c}", f"mae_units{c}"] for c in errors[1:] or errors)]
+    for score in ("csi_", "hss_"):
+        if events := [m for m in forecast if m.startswith(score)]:
+            blocks.append(events)
     text = "\n\n".join(_block(results, published, block, unit) for block in blocks)
-    notes = [("mse", "left_out", "frames without data are left out"), ("psnr", "exact", "PSNR leaves out exact frames")]
-    for m, key, what in notes if "psnr" in metrics else notes[:1]:
-        counts = [f"{s[m][key]} ({name.replace('_', ' ')})" for name, s in results.items() if s[m].get(key)]
+    for key, what in (("left_out", "frames without data are left out"), ("exact", "PSNR leaves out exact frames")):
+        counts = {name: max(s[m].get(key, 0) for m in metrics) for name, s in results.items()}
+        counts = [f"{count} ({name.replace('_', ' ')})" for name, count in counts.items() if count]
         text += f"\n{what}: {', '.join(counts)}" if counts else ""
     if {"psnr_float", "ssim_gaussian"} & set(metrics):
         text += "\n* on floats, SSIM with a Gaussian window: as MS-LSTM scores"
@@ -295,28 +296,26 @@ def _block(results, published, metrics, unit):
     """One block of the table: these metrics of the forecast on the left, of the repeated last frame on the right."""
     sides = [results[name] for name in ("forecast", "repeat_last") if name in results]
     length, bar = len(sides[0][metrics[0]]["frames"]), 1 + len(metrics)
-    digits = {m: 2 if max(side[m]["mean"] or 0 for side in sides) >= 10 else 4 for m in metrics}
 
-    def row(label, *summaries, frame=-1):  # the means are behind the frames
-        cells = [label]
-        for summary in summaries:
-            values = [(*summary[m]["frames"], summary[m]["mean"])[frame] for m in metrics]
-            cells += ["|"] * (len(cells) > 1)
-            cells += ["–" if v is None else f"{v:.{digits[m]}f}" for m, v in zip(metrics, values)]
-        return cells
+    def cell(m, value):
+        mean = max(side[m]["mean"] or 0 for side in sides)
+        return "–" if value is None else format(value, ".2f" if mean >= 10 else ".4f")
 
-    names = [name_of(m).partition(" (")[0] for m in metrics]
-    rows = [["frame", *names] + ["|", *names] * (len(sides) - 1)]
-    rows += [row(str(k + 1), *sides, frame=k) for k in range(length)] + [row("mean", *sides)]
+    columns = [["frame", *map(str, range(1, length + 1)), "mean"]]
+    for side in sides:
+        columns += [["|"] * (length + 2)] * (len(columns) > 1)
+        columns += [[name_of(m).partition(" (")[0], *(cell(m, v) for v in (*side[m]["frames"], side[m]["mean"]))]
+                    for m in metrics]
+    rows = [*zip(*columns)]
     for name in ("all_predictions", "black", "first_channel"):
         if metrics[0] in results.get(name, {}):
             count = len(results[name][metrics[0]]["frames"])
             label = f"all {count} predictions" if name == "all_predictions" else name.replace("_", " ")
-            rows.append(row(label, results[name]))
+            rows.append([label, *(cell(m, results[name][m]["mean"]) for m in metrics)])
     for paper in published:
         if any(paper.get(m) is not None for m in metrics):  # digits as the paper prints them
             source = textwrap.shorten(paper["source"], 32, placeholder=" …")
-            rows.append([source] + ["–" if paper.get(m) is None else f"{paper[m]:g}" for m in metrics])
+            rows.append([source, *("–" if paper.get(m) is None else f"{paper[m]:g}" for m in metrics)])
 
     widths = [2 * (k > 0) + max(len(row[k]) for row in rows if k < len(row)) for k in range(len(rows[0]))]
     head, *lines = (row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:])) for row in rows)
