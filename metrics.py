@@ -272,8 +272,8 @@ def table(results, published=(), metrics=("mse", "mae", "psnr", "ssim"), unit=No
     errors = [m.removeprefix("rmse") for m in forecast if m.startswith("rmse")]  # "", and _1, … of several channels
     blocks = [metrics, *([f"rmse{c}", f"mae_units{c}"] for c in errors[1:] or errors)]
     for score in ("csi_", "hss_"):
-        if events := [m for m in forecast if m.startswith(score)]:
-            blocks.append(events)
+        events = [m for m in forecast if m.startswith(score)]
+        blocks += [events[k:k + 3] for k in range(0, len(events), 3)]
     text = "\n\n".join(_block(results, published, block, unit) for block in blocks)
     for key, what in (("left_out", "frames without data are left out"), ("exact", "PSNR leaves out exact frames")):
         counts = {name: max(s[m].get(key, 0) for m in metrics) for name, s in results.items()}
@@ -299,7 +299,7 @@ def _block(results, published, metrics, unit):
 
     def cell(m, value):
         mean = max(side[m]["mean"] or 0 for side in sides)
-        return "–" if value is None else format(value, ".2f" if mean >= 10 else ".4f")
+        return "–" if value is None else format(value, ".2f" if mean >= 10 else ".2e" if 0 < mean < 0.001 else ".4f")
 
     columns = [["frame", *map(str, range(1, length + 1)), "mean"]]
     for side in sides:
@@ -320,7 +320,7 @@ def _block(results, published, metrics, unit):
     widths = [2 * (k > 0) + max(len(row[k]) for row in rows if k < len(row)) for k in range(len(rows[0]))]
     head, *lines = (row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:])) for row in rows)
     title = f"in {unit or 'own unit'}" if metrics[0].startswith("rmse") else ""
-    title += "forecast".rjust(sum(widths[:bar]) - len(title))
+    title += " forecast".rjust(sum(widths[:bar]) - len(title))
     if len(sides) > 1:
         title += "  |" + " repeated last frame".rjust(sum(widths[bar + 1:]))
     dashes = "-" * len(head)

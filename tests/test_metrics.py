@@ -509,6 +509,20 @@ def test_table_says_units_precision_what_is_left_out_and_how_to_read_it():
     assert "each channel's" in text
 
 
+def test_table_shows_small_numbers_and_stays_narrow_with_many_thresholds():
+    small, events = {"mean": 1.5e-5, "frames": [1e-5, 2e-5]}, {"mean": 0.5, "frames": [0.5, None]}
+    names = [f"{score}_{273.15 + k:g}" for score in ("csi", "hss") for k in range(7)]
+    summary = summary_of([10.5, 20.25], rmse=small, mae_units=small, **dict.fromkeys(names, events))
+    results = dict.fromkeys(("forecast", "repeat_last", "all_predictions"), summary)
+    text = metrics.table(results, unit="kg m-2 s-1")
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(text.count(name.replace("_", " ").upper()) == 2 for name in names)
+    rows = [line.split() for line in text.split("\n\n")[1].splitlines()]
+    assert rows[3][1:] == ["1.00e-05", "1.00e-05", "|", "1.00e-05", "1.00e-05"] and rows[6][1] == "1.50e-05"
+    assert "in vehicles within 30 minutes and cell forecast" in metrics.table(
+        results, unit="vehicles within 30 minutes and cell")
+
+
 def test_table_of_a_real_evaluation_stays_narrow():
     pred, truth = clips(2, 12, 2, 128, 128)
     summary = metrics.summarize(metrics.frame_scores(pred, truth))
