@@ -395,8 +395,8 @@ def _panel(name, xlabel, curves, log, styles, x0, y0):
         stroke, marker = styles[label]
         points = [f"{x_of(x):.2f},{y_of(y):.2f}" for x, y in piece]
         data_x, values = (" ".join(repr(float(v)) for v in axis) for axis in zip(*piece))
-        out.append(f'<polyline fill="none" {stroke} points="{" ".join(points)}" data-label="{_safe(label)}" '
-                   f'data-x="{data_x}" data-values="{values}"/>')
+        out.append(f'<polyline fill="none" {stroke} points="{" ".join(points)}" '
+                   f'data-label="{escape(_printable(label))}" data-x="{data_x}" data-values="{values}"/>')
         out += map(marker.format, points[::math.ceil(len(points) / 20)])
     if not pieces:
         out.append(_text(middle, (top + bottom) / 2, "no values"))
@@ -424,13 +424,13 @@ def _axis(values, start, end, log=False):
             lambda value: start + (scale(value) - low) / (high - low) * (end - start))
 
 
-def _safe(text):
-    """Text for XML: control characters and lone surrogates, of names that are not UTF-8, as escapes."""
-    return escape("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+def _printable(text):
+    """Text with its control characters and, of names that are not UTF-8, lone surrogates as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _text(x, y, text, anchor="middle", size=11):
-    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}">{_safe(text)}</text>'
+    return f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" font-size="{size}">{escape(_printable(text))}</text>'
 
 
 # ---- Pictures: images are uint8 (H, W, 3) ----------------------------------------------------------------------------
@@ -467,16 +467,15 @@ FONT = np.unpackbits(np.frombuffer(bytes.fromhex(
     "7f484444383844444428384444487f3854545418087e0901020c5252523e7f0804047800447d40002040443d007f1028440000417f4000"
     "7c041804787c0804047838444444387c14141408081414147c7c080404084854545424043f4440203c4040207c1c2040201c3c4030403c"
     "44281028440c5050503c4464544c44000836410000007f000000413608000804081008"
-), np.uint8).reshape(95, 5, 1), axis=2, bitorder="little")[:, :, :7].swapaxes(1, 2)
-FONT = np.pad(255 - 255 * FONT, ((0, 0), (0, 0), (0, 1)), constant_values=255)  # (95, 7, 6), black on white
+), np.uint8).reshape(95, 5, 1), axis=2, count=7, bitorder="little").swapaxes(1, 2)
+FONT = np.pad(255 - 255 * FONT, ((0, 0), (0, 0), (0, 1)), constant_values=255)[..., None].repeat(3, 3)  # (95, 7, 6, 3)
 
 
 def words(text):
-    """A line of text as an image 7 high. Letters lose their accents; what the font lacks is escaped."""
+    """A line of text as an image 7 high, black on white. Letters lose their accents; what the font lacks is escaped."""
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    text = "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in letters)
-    image = np.hstack([np.empty((7, 0)), *(FONT[ord(c) - 32] for c in text)])
-    return image[..., None].repeat(3, 2).astype(np.uint8)
+    codes = _printable(letters).encode("ascii", "backslashreplace")
+    return FONT[[code - 32 for code in codes]].swapaxes(0, 1).reshape(7, -1, 3)
 
 
 # From black through red to yellow, on a curve in Oklab (Ottosson 2020) of evenly rising lightness: equal steps look
