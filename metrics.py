@@ -540,10 +540,8 @@ def panel_rows(label, values, unit=None, scale=None, size=None, cross=None):
         images[..., (near == 0) & (far > 0) & (far < 5), :] = 255
     tag = np.pad(words("constant"), ((2, 2), (2, 1), (0, 0)), constant_values=255)[:size[0], :size[1]]
     y, x = ((side - of_tag) // 2 for side, of_tag in zip(size, tag.shape))
-    for at in np.ndindex(values.shape[:2]):
-        low, high = _range(values[at])
-        if high - low <= 1e-6 * max(abs(low), abs(high)) and not np.isnan(values[at]).all():
-            images[at][y:y + tag.shape[0], x:x + tag.shape[1]] = tag
+    low, high = (end.reduce(values, (2, 3)) for end in (np.fmin, np.fmax))  # (n, C), without what is NaN
+    images[..., y:y + tag.shape[0], x:x + tag.shape[1], :][np.isclose(low, high, rtol=1e-6, atol=0)] = tag
     return [Row(f"{label} {c + 1}/{count}" if count > 1 else label, images[:, c], scale) for c in range(count)]
 
 
