@@ -530,7 +530,7 @@ def panel_rows(label, values, unit=None, scale=None, size=None, cross=None):
     count, *shape = values.shape[1:]
     if not size:
         step = -(-max(shape) // 256)
-        size = [-(-side // step) * max(1, 64 // min(shape) if step == 1 else 1) for side in shape]
+        size = [-(-side // step) * max(1, min(64 // min(shape), 256 // max(shape))) for side in shape]
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, shape))
     images = paint(values[..., rows[:, None], columns], unit, scale)
     if cross:

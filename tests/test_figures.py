@@ -178,6 +178,13 @@ def test_a_film_beyond_its_truth_has_no_error_and_large_frames_are_thinned_out()
     assert len(places(image, grey(known[1, 0, ::4, ::4]))) == 1
 
 
+@pytest.mark.parametrize("shape, size", [((2, 200), (2, 200)), ((100, 5), (200, 10)), ((16, 20), (64, 80)),
+                                         ((1, 1), (64, 64)), ((1, 900), (1, 225))])
+def test_no_panel_is_magnified_beyond_256_pixels(shape, size):
+    row, = metrics.panel_rows("x", torch.rand(1, 1, *shape))
+    assert row.images.shape == (1, *size, 3)
+
+
 def test_the_palette_rises_evenly_in_lightness_and_stays_readable_to_the_colour_blind():
     srgb = metrics.PALETTE / 255
     linear = np.where(metrics.PALETTE <= 10, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
