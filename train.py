@@ -186,9 +186,10 @@ def build(config):
     return model
 
 
-def cost(module, frames, channels=1, size=(64, 64), **network):
+def cost(module, frames, channels=1, size=64, **network):
     """Parameters of a network, and multiply-accumulates of one sequence of that many frames as in training, counted by
     torch without computing anything. One step is counted: all cost the same, whatever they read."""
+    size = (size, size) if isinstance(size, int) else size
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         model = module.MODEL(channels=channels, size=size, **network)
         model(torch.empty(1, 2, channels, *size), extras="loss")
@@ -844,6 +845,9 @@ def open_run(name):
         if not all_finite([*model.parameters(), *checkpoint["optimizer"]["state"].values()]):
             raise ValueError("weights or states that are not finite")
         parameters, iteration, losses = [*model.parameters()], checkpoint["iteration"], checkpoint["losses"]
+        if isinstance(losses, torch.Tensor):        # of an earlier version: by their iteration, modulo log_every
+            losses, logged = losses.view(config["log_every"]), checkpoint["logged"]
+            checkpoint["losses"] = losses = losses.roll(-logged)[:iteration - logged].tolist()
         if not 0 <= checkpoint["logged"] == iteration - len(losses):
             raise ValueError("it stands at no iteration")
         [float(number) for number in (checkpoint["seconds"], *losses)]
@@ -1078,7 +1082,7 @@ def command_list(args):
             dict(variant=variant, setup=args.setup or module.DEFAULT_SETUP, source=meaning)
             for variant, meaning in module.VARIANTS.items()]
         for row in rows:
-            parameters, macs = cost(module, frames, channels, (side, side), setup=row["setup"], variant=row["variant"])
+            parameters, macs = cost(module, frames, channels, side, setup=row["setup"], variant=row["variant"])
             say(line(name, row["variant"], row["setup"], f"{parameters:,}", row.get("params", "–" if args.data else ""),
                      as_printed(macs, row.get("macs", "1.0G")), row.get("macs", "–" if args.data else ""),
                      row["source"] + (f"  ≠ {row['note']}" if "note" in row else "")))

@@ -60,6 +60,28 @@ def rewrite(folder, change):
     torch.save(checkpoint, folder / "last.pt")
 
 
+@pytest.mark.parametrize("at", [3, 10, 13])
+def test_a_checkpoint_of_an_earlier_version_goes_on(at, monkeypatch):
+    """It held the losses since the log's last line, of every tenth iteration here, by their iteration modulo ten."""
+    def save(path, checkpoint, save=train.save_checkpoint):
+        losses = torch.full((10,), 5.0)                           # of those before the line, which nobody reads
+        for k, loss in enumerate(checkpoint["losses"], checkpoint["logged"]):
+            losses[k % 10] = loss
+        save(path, checkpoint | dict(losses=losses, config=checkpoint["config"] | dict(quick=False)))
+        if checkpoint["iteration"] == at:
+            raise KeyboardInterrupt
+
+    longer = [*TINY, "--iterations", 15]
+    assert run(*longer, "--name", "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", save)
+        assert run(*longer, "--name", "a") == 130
+    assert run("--resume", "runs/a") == 0
+    logs = [[row.split(",")[:4] for row in Path("runs", name, "log.csv").read_text().splitlines()]
+            for name in ("a", "whole")]
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+
+
 def test_a_flipped_bit_is_found(made, capsys):
     """Anywhere in the stored weights and states: torch.load looks at no checksum."""
     content, random = (made / "last.pt").read_bytes(), np.random.default_rng(0)
