@@ -554,15 +554,16 @@ class Step:
     def record(self):
         """Take the step eagerly, not compiled, and, from the same state, by a graph, which stays if both end alike.
 
-        Alike: the loss to 0.1 %, and apart by a quarter of the step at most all weights together and each moment of
-        each weight alone (a weight alone may not be: Adam takes a whole step along a gradient that is mere rounding).
+        Alike: the loss to 0.1 %, and apart by a quarter of the step at most all weights together and the first moment
+        of each alone (a weight alone may not be: Adam takes a whole step along a gradient that is mere rounding).
         """
         def distances(a, b):
-            each = torch.stack(torch._foreach_norm(torch._foreach_sub(a, b)))
-            return torch.cat([each[:len(weights)].norm()[None], each[len(weights):]])
+            each = torch.stack(torch._foreach_norm(torch._foreach_sub(a[:2 * n], b[:2 * n])))
+            return torch.cat([each[:n].norm()[None], each[n:]])
 
         weights = [p.detach() for p in self.model.parameters()]
-        state = weights + [v for of_one in self.optimizer.state.values() for v in of_one.values()]
+        moments, n = self.optimizer.state.values(), len(weights)
+        state = weights + [of_one[name] for name in ("exp_avg", "exp_avg_sq", "step") for of_one in moments]
         before, graph = [v.clone() for v in state], Graph(self.eager)
         self.frames, self.mask = self.frames.clone(), self.mask.clone()        # where the graph will read
         loss, after = graph.run(compile=False), [v.clone() for v in state]
