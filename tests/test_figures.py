@@ -59,12 +59,13 @@ def decoded(path):
 
 def places(image, picture):
     """Where in an image a smaller one stands, pixel by pixel: [(y, x), …]."""
-    height, width = picture.shape[:2]
-    spots = np.argwhere(np.ones((image.shape[0] - height + 1, image.shape[1] - width + 1)))
+    image, picture = (part.astype(int) @ (1, 256, 65536) for part in (image, picture))      # one number a colour
+    height, width = picture.shape
+    spots = np.argwhere(image[:len(image) - height + 1, :image.shape[1] - width + 1] == picture[0, 0])
     for y, x in np.ndindex(height, width):
         if not len(spots):
             break
-        spots = spots[(image[spots[:, 0] + y, spots[:, 1] + x] == picture[y, x]).all(1)]
+        spots = spots[image[spots[:, 0] + y, spots[:, 1] + x] == picture[y, x]]
     return [tuple(spot) for spot in spots.tolist()]
 
 
