@@ -225,6 +225,7 @@ frames = torch.rand(1, 4, 2, 16, 32)
 loss = ((model(frames) - frames[:, 1:]) ** 2).sum(); loss.backward(); optimizer.step()
 print(model(frames, horizon=2).shape)
 """
-    out = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", script]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "parameters" in out and "multiply-accumulates" in out and "(1, 20, 1, 64, 64)" in out
     assert "[1, 5, 2, 16, 32]" in out

@@ -1,8 +1,8 @@
 """How many kernels a training step launches, and that every parameter gets a gradient.
 
-A ConvRNN at these sizes waits on a GPU for launches rather than for arithmetic, and one aten operation is one launch or a
-few. They are counted on the CPU. Two things differ on CUDA: under autocast its LayerNorms get and give fp32, each at the
-cost of another cast there and back, and its attention and its convolutions' biases take more kernels than one.
+A ConvRNN at these sizes waits on a GPU for launches rather than for arithmetic, and one aten operation is one launch or
+a few. They are counted on the CPU. Two things differ on CUDA: under autocast its LayerNorms get and give fp32, each at
+the cost of another cast there and back, and its attention and its convolutions' biases take more kernels than one.
 """
 
 import collections
@@ -32,7 +32,7 @@ OPERATIONS = {
 }
 SHARES_MEMORY = {"alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty",
                  "new_empty_strided", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
-                 "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"}     # or is left unwritten: nothing to launch
+                 "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"}   # or is left unwritten: nothing to launch
 
 
 class Operations(TorchDispatchMode):

@@ -120,7 +120,7 @@ def hold(opened, folder):
             warnings.simplefilter("always")
             opened()
             works = True
-    except (data.DataError, train.UserError) as error:            # train.py's own are made printable where they are printed
+    except (data.DataError, train.UserError) as error:        # train.py's own are made printable where they are printed
         said_of_it = str(error) if isinstance(error, data.DataError) else data.printable(str(error))
         assert said_of_it.isprintable() and len(said_of_it) < 1000, said_of_it
         assert tree(folder) == before
@@ -257,7 +257,8 @@ def typhoon_packed(folder, monkeypatch):
 
 def run(folder):
     np.save(folder / "own.npy", np.random.default_rng(0).random((40, 8, 8), np.float32))
-    options = "--device cpu --hidden 2 --layers 1 --kernel 1 --frames-in 2 --horizon 2 --batch 2 --iterations 1 --name a"
+    options = ("--device cpu --hidden 2 --layers 1 --kernel 1 --frames-in 2 --horizon 2 --batch 2 --iterations 1 "
+               "--name a")
     with contextlib.redirect_stdout(io.StringIO()):
         assert train.main(["convlstm", "--data", str(folder / "own.npy"), "--data-dir", str(folder / "data"),
                            "--out", str(folder / "runs"), *options.split()]) == 0

@@ -36,8 +36,8 @@ def free_port():
 def start(*arguments):
     """Two processes by torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    return subprocess.Popen([*torchrun, str(ROOT / "train.py"), *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    return subprocess.Popen([*torchrun, str(ROOT / "train.py"), *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
 def finish(process, status=0):

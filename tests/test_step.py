@@ -1,7 +1,7 @@
 """The training step: nothing in it that a CUDA graph cannot hold, and by a graph the same as without one.
 
-Without a GPU a graph is stood in for by calling again what was recorded, and a step runs on the meta device, which has no
-values: what needs one is seen. The last section needs a GPU.
+Without a GPU a graph is stood in for by calling again what was recorded, and a step runs on the meta device, which has
+no values: what needs one is seen. The last section needs a GPU.
 """
 
 import copy
@@ -34,10 +34,11 @@ EVERY = [(name, variant, setup) for name in train.MODELS for variant in train.mo
 def settings(name="convlstm", setup="patch4", **other):
     training = train.model_file(name).TRAINING[setup]
     return dict(batch=2, precision="fp32", loss=training["loss"], optimizer=training["optimizer"], lr=1e-3,
-                weight_decay=training.get("weight_decay", 0.0), reverse=True, frames_in=2, horizon=2, schedule=10, seed=0) | other
+                weight_decay=training.get("weight_decay", 0.0), reverse=True, frames_in=2, horizon=2, schedule=10,
+                seed=0) | other
 
 
-# ------------------------------------------------------------------------------------- what a graph cannot hold, on meta
+# ------------------------------------------------------------------------------------ what a graph cannot hold, on meta
 
 class Refused(Exception):
     pass
@@ -46,40 +47,44 @@ class Refused(Exception):
 class WatchCalls(TorchFunctionMode):
     """Refuses what only the Python side shows: values from or for the host, lists and masks as indices."""
 
-    HOST = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.__bool__, torch.Tensor.__int__,
-            torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.__contains__, torch.tensor, torch.as_tensor, torch.asarray,
-            torch.from_numpy}
+    HOST = {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.__bool__,
+            torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.__contains__,
+            torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in self.HOST:
             raise Refused(f"{func.__name__}: a value passes between the host and the device")
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             for index in args[1] if isinstance(args[1], tuple) else args[1:2]:
-                if isinstance(index, (list, np.ndarray)) or isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+                mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool
+                if mask or isinstance(index, (list, np.ndarray)):
                     raise Refused("a list or a mask as an index")
         return func(*args, **kwargs or {})
 
 
 class WatchOps(TorchDispatchMode):
-    """Refuses what any op, of forward, backward and optimiser, would wait for: values, shapes by value, other devices."""
+    """Refuses what an op of forward, backward or optimiser would wait for: values, shapes by value, other devices."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, tensors = func.overloadpacket.__name__, [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-        if any(v.device.type != "meta" for v in tensors) or tensors and torch.device((kwargs or {}).get("device") or "meta").type != "meta":
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+        devices = [v.device for v in tensors] + [torch.device(kwargs.get("device") or "meta")]
+        if tensors and any(device.type != "meta" for device in devices):
             raise Refused(f"{name} between the host and the device")
         if name.startswith(("index", "_index", "_unsafe_index")):       # by numbers they have the shape of the numbers
             if any(v.dtype in (torch.bool, torch.uint8) for v in tree_leaves(args[1]) if isinstance(v, torch.Tensor)):
                 raise Refused(f"{name} by a mask")
         elif torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             raise Refused(f"{name} depends on values")
-        return func(*args, **kwargs or {})
+        return func(*args, **kwargs)
 
 
 @pytest.fixture
 def on_meta(monkeypatch):
     """A step on the meta device. SGD: torch's Adam knows no meta, and what CUDA gets instead is asserted below."""
     monkeypatch.setattr(train, "autocast", lambda device, precision: nullcontext())
-    monkeypatch.setattr(train, "make_optimizer", lambda model, config: torch.optim.SGD(model.parameters(), lr=config["lr"], foreach=False))
+    monkeypatch.setattr(train, "make_optimizer", lambda model, config: torch.optim.SGD(
+        model.parameters(), lr=config["lr"], foreach=False))
 
     def step(model, config):
         with torch.device("meta"):
@@ -108,8 +113,9 @@ SEEN_IN_PYTHON = [
     lambda x: x + x[[0, 1]], lambda x: x + x[:, np.array([0])], lambda x: x + torch.as_tensor([1.0], device=x.device)]
 SEEN_IN_OPS = [
     lambda x: x if x.mean() > 0 else -x, lambda x: x * x.mean().item(), lambda x: x * float(x.mean()),
-    lambda x: x * int(x.flatten()[0]), lambda x: x * HOST_SCALAR, lambda x: x + x[HOST_INDEX], lambda x: x.to("cpu").to(x.device),
-    lambda x: x + torch.ones(1).to(x.device, non_blocking=True), lambda x: x + torch.from_numpy(np.ones(1, np.float32)).to(x.device),
+    lambda x: x * int(x.flatten()[0]), lambda x: x * HOST_SCALAR, lambda x: x + x[HOST_INDEX],
+    lambda x: x.to("cpu").to(x.device), lambda x: x + torch.ones(1).to(x.device, non_blocking=True),
+    lambda x: x + torch.from_numpy(np.ones(1, np.float32)).to(x.device),
     lambda x: x + x[x > 0].sum(), lambda x: x.index_put((x > 0,), x.sum()), lambda x: x + x.masked_select(x > 0).sum(),
     lambda x: x + (x > 0).nonzero().sum(), lambda x: x + torch.where(x > 0)[0].sum(), lambda x: x + x.unique().sum(),
     lambda x: x + torch.repeat_interleave(x.long().flatten()).sum(), lambda x: x if torch.equal(x, x) else -x,
@@ -146,7 +152,7 @@ class Backwards(torch.autograd.Function):
 @pytest.mark.parametrize("kind", ["adam", "adamw"])
 def test_adam_on_a_device_is_fused_and_has_its_rate_there(kind, monkeypatch):
     given = {}
-    monkeypatch.setattr(torch.optim, {"adam": "Adam", "adamw": "AdamW"}[kind], lambda parameters, **options: given.update(options))
+    monkeypatch.setattr(torch.optim, dict(adam="Adam", adamw="AdamW")[kind], lambda _, **options: given.update(options))
     train.make_optimizer(torch.nn.Linear(1, 1, device="meta"), settings(optimizer=kind, weight_decay=0.5))
     assert given.pop("lr").device.type == "meta" and given == dict(weight_decay=0.5, fused=True, capturable=True)
     given.clear()
@@ -162,16 +168,17 @@ def test_tf32_is_where_it_is_asked_for():
         assert found == (precision == "tf32",) * 2
 
 
-# -------------------------------------------------------------------------------------------- a graph, stood in for on the CPU
+# ------------------------------------------------------------------------------------- a graph, stood in for on the CPU
 
 def held(step):
     """Where a graph of this step would read and write."""
     states = [v for of_one in step.optimizer.state.values() for v in of_one.values()]
-    return [v.data_ptr() for v in (step.frames, step.mask, step.optimizer.param_groups[0]["lr"], *step.model.parameters(), *states)]
+    own = step.frames, step.mask, step.optimizer.param_groups[0]["lr"], *step.model.parameters()
+    return [v.data_ptr() for v in (*own, *states)]
 
 
 class Again:
-    """Stands in for train.Graph: replays by calling again, and sees to it that everything lies where it was recorded."""
+    """Stands in for train.Graph: replays by calling again, and sees that everything lies where it was recorded."""
 
     replays = 0
 
@@ -192,12 +199,13 @@ class Again:
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """Steps on the CPU do what they do on CUDA; the optimiser is as there, but for `capturable`, which the CPU has not."""
+    """Steps on the CPU do what they do on CUDA; the optimiser too, but for `capturable`, which the CPU has not."""
     monkeypatch.setattr(train, "Graph", Again)
     monkeypatch.setattr(Again, "replays", 0)
 
     def make_optimizer(model, config):
-        return torch.optim.Adam(model.parameters(), lr=torch.tensor(config["lr"]), fused=True, weight_decay=config["weight_decay"])
+        lr, weight_decay = torch.tensor(config["lr"]), config["weight_decay"]
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
     monkeypatch.setattr(train, "make_optimizer", make_optimizer)
 
@@ -222,7 +230,8 @@ def trained(step, calls, start=0, **options):
     """Its losses over some calls, and everything it ended with."""
     losses = [step(*batch).item() for batch in itertools.islice(batches(step.config, **options), start, start + calls)]
     state = step.optimizer.state_dict()["state"]
-    return losses, [p.detach() for p in step.model.parameters()], [v for of_one in state.values() for v in of_one.values()]
+    states = [v for of_one in state.values() for v in of_one.values()]
+    return losses, [p.detach() for p in step.model.parameters()], states
 
 
 def assert_same(a, b):
@@ -310,13 +319,14 @@ def no_number(graph):
 
 
 @pytest.mark.parametrize("graph, says", [
-    (failing(RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be …")), "not permitted"),
+    (failing(RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be …")),
+     "not permitted"),
     (failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")), "out of memory"),
     (wrong(lambda graph: graph.work() * 1.01), "first replay"), (wrong(stale), "first replay"),
     (wrong(half_trained), "first replay"), (wrong(other_rate), "first replay"), (wrong(no_number), "first replay"),
     (wrong(one_bias), "weights and moments 1 differ"),
     (wrong(lambda graph: torch.tensor(torch.nan)), "first replay"),
-    (wrong(lambda graph: train.frame_loss(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), "l2")), "first replay"),
+    (wrong(lambda graph: train.frame_loss(*torch.zeros(2, 1, 1, 1, 1, 1), "l2")), "first replay"),
 ])
 def test_without_a_graph_that_can_be_trusted_training_goes_on(graph, says, as_on_cuda, monkeypatch, capsys):
     """As if there had been none, and one line says so."""
@@ -384,7 +394,8 @@ def test_pixels_without_data_by_hand(kind):
     model = small()
     with torch.no_grad():
         error = (model(frames.nan_to_num(0.0), use_truth=mask) - frames[:, 1:]).double().numpy()
-    expected = sum(e**2 + abs(e) * (kind == "l1+l2") for e in error.flatten() if e == e) / (error.shape[0] * error.shape[1])
+    total = sum(e**2 + abs(e) * (kind == "l1+l2") for e in error.flatten() if e == e)
+    expected = total / (error.shape[0] * error.shape[1])
     assert trained(train.Step(model, config, CPU), 1, missing=True)[0][0] == pytest.approx(expected, rel=1e-5)
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.grad.numel() > 1)
 
@@ -437,7 +448,7 @@ def test_runs_with_a_graph_and_without_are_the_same_run(as_on_cuda, monkeypatch,
     assert "no CUDA graph" not in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------- weights handed on, and compiled steps
+# -------------------------------------------------------------------------------- weights handed on, and compiled steps
 
 def gradients(model, config, handed_on):
     """Of a roll-out over five steps: its predictions' sum of squares, and every parameter's gradient, None for none."""
@@ -445,7 +456,8 @@ def gradients(model, config, handed_on):
     frames = torch.rand(2, 6, 1, *model.size, dtype=next(model.parameters()).dtype)
     mask = torch.rand(5, 2) < 0.5
     model.zero_grad()
-    with train.autocast(CPU, config["precision"]), train.weights_handed_on(model, config) if handed_on else nullcontext():
+    handing = train.weights_handed_on(model, config) if handed_on else nullcontext()
+    with train.autocast(CPU, config["precision"]), handing:
         predictions, found = model(frames, use_truth=mask, extras="loss")
     assert "step" not in vars(model)
     loss = predictions.to(frames.dtype).square().sum() + found.get("loss", 0)
@@ -472,7 +484,7 @@ def test_a_model_without_steps_trains_as_it_is():
 
 
 def test_gradients_of_bf16_are_added_in_fp32():
-    """A weight that 400 steps read, a gradient of 1 + 2^-6 each: in bf16 the sum would stop growing where steps are 2."""
+    """A weight that 400 steps read, a gradient of 1 + 2^-6 each: a bf16 sum would stop growing where steps are 2."""
     class Steps(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -582,7 +594,7 @@ def test_a_run_of_compiled_steps(compiles, monkeypatch, tmp_path, capsys):
     assert_same(outcome(folder / "plain"), before)
 
 
-# ---------------------------------------------------------------------------------------------------------- with a GPU
+# ----------------------------------------------------------------------------------------------------------- with a GPU
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -600,8 +612,19 @@ def on_cuda(name, graph, precision="fp32", recompute=False, calls=6, compile=Fal
 def assert_close(a, b, start):
     """To rounding: losses to 1 %, and weights apart by no more than a tenth of the way from where both started."""
     np.testing.assert_allclose(a[0], b[0], rtol=1e-2)
-    apart, way = (torch.stack([(x - y.to(x.device)).norm() for x, y in zip(a[1], other)]).norm() for other in (b[1], start))
+    apart, way = (torch.stack([(x - y.to(x.device)).norm() for x, y in zip(a[1], other)]).norm()
+                  for other in (b[1], start))
     assert apart <= 0.1 * way, (apart, way)
+
+
+def losses_and_weights(found):
+    """Of an outcome."""
+    return [float(row[1]) for row in found[0][1]], found[1]
+
+
+def initial(folder):
+    """The weights that a run started with."""
+    return list(train.build(json.loads((folder / "config.json").read_text())).parameters())
 
 
 @needs_cuda
@@ -662,10 +685,11 @@ def test_cuda_runs_go_on_with_a_graph_without_one_and_on_the_cpu(precision, monk
     monkeypatch.chdir(tmp_path)
     arguments, folder = [*TINY, "--device", "cuda", "--precision", precision], tmp_path / "runs"
     run(*arguments, "--name", "whole")
-    whole, start = outcome(folder / "whole"), list(train.build(json.loads((folder / "whole/config.json").read_text())).parameters())
+    whole, start = outcome(folder / "whole"), initial(folder / "whole")
     assert all(np.isfinite(whole[0][2][score]["mean"]) for score in ("mse", "mae", "psnr", "ssim"))
-    plain, with_graph = STEP, lambda kind, graph: lambda model, config, device: kind(model, config | dict(graph=graph), device)
-    for first, then, moves in ((True, False, ()), (False, True, ()), (True, True, ()), (True, True, ("--device", "cpu"))):
+    plain, on_cpu = STEP, ("--device", "cpu")
+    with_graph = lambda kind, graph: lambda model, config, device: kind(model, config | dict(graph=graph), device)
+    for first, then, moves in ((True, False, ()), (False, True, ()), (True, True, ()), (True, True, on_cpu)):
         name = f"{first}-{then}-{len(moves)}"
         monkeypatch.setattr(train, "Step", with_graph(interrupted_at(7), first))
         run(*arguments, "--name", name, status=143)
@@ -673,7 +697,7 @@ def test_cuda_runs_go_on_with_a_graph_without_one_and_on_the_cpu(precision, monk
         run("--resume", folder / name, *moves)
         resumed = outcome(folder / name)
         assert resumed[0][0] == 12 and all(state == 24 for state in resumed[2] if state.ndim == 0)
-        assert_close([[float(row[1]) for row in resumed[0][1]], resumed[1]], [[float(row[1]) for row in whole[0][1]], whole[1]], start)
+        assert_close(losses_and_weights(resumed), losses_and_weights(whole), start)
     run("--resume", folder / "True-True-2", "--iterations", 14, "--device", "cuda")      # and from the CPU to CUDA
     assert not re.search("no CUDA graph", capsys.readouterr().out)
 
@@ -687,8 +711,8 @@ def test_cuda_two_processes(tmp_path):
     arguments = [str(ROOT / "train.py"), *TINY, "--device", "cuda", "--precision", "fp32", "--name"]
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     subprocess.run([sys.executable, *arguments, "one"], cwd=tmp_path, check=True)
-    two = subprocess.run([sys.executable, *launcher, *arguments, "two"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    command = [sys.executable, *launcher, *arguments, "two"]
+    two = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert two.stdout.count("no CUDA graph") == 1
     one, two = (outcome(tmp_path / "runs" / name) for name in ("one", "two"))
-    start = list(train.build(json.loads((tmp_path / "runs/one/config.json").read_text())).parameters())
-    assert_close([[float(row[1]) for row in one[0][1]], one[1]], [[float(row[1]) for row in two[0][1]], two[1]], start)
+    assert_close(losses_and_weights(one), losses_and_weights(two), initial(tmp_path / "runs/one"))

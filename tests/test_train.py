@@ -319,8 +319,9 @@ def test_a_bf16_run_on_a_cpu_without_bf16(monkeypatch, capsys):
 def test_no_terminal_is_too_plain(capsys):
     """A terminal or a pipe that knows ASCII only, and one that closes early."""
     listing = [sys.executable, str(ROOT / "train.py"), "--list", "--setup", "fullres", "--data", "taxibj"]
-    ascii_only, closing = (subprocess.Popen(listing, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | other)
-                           for other in (dict(PYTHONIOENCODING="ascii"), {}))
+    ascii_only, closing = (
+        subprocess.Popen(listing, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | other)
+        for other in (dict(PYTHONIOENCODING="ascii"), {}))
     closing.stdout.close()
     assert closing.stderr.read() == b"" and closing.wait() == 0
     out, err = ascii_only.communicate()
