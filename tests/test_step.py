@@ -570,7 +570,7 @@ def test_what_cannot_be_compiled_says_so_and_goes_on_without(monkeypatch, tmp_pa
         run(*TINY, "--name", "compiled", status=1)
     error, = capsys.readouterr().err.splitlines()
     assert error.startswith("train.py: --compile: ") and "no working C++ compiler" in error
-    assert error.endswith(f"go on without it: --resume runs/compiled")
+    assert error.endswith("go on without it: --resume runs/compiled")
     run("--resume", folder / "compiled")
     assert_same(outcome(folder / "compiled"), outcome(folder / "plain"))
 
