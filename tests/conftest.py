@@ -15,6 +15,7 @@ SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 SMALL = ("--data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 "
          "--horizon 3").split()                                   # of a run that takes a moment
+torch.set_num_threads(1)                                          # tensors so small are a seventh slower on two
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo"])          # three seconds of the start of any other process
 
