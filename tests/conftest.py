@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 SMALL = ("--data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 "
          "--horizon 3").split()                                   # of a run that takes a moment
 torch.set_num_threads(1)                                          # tensors so small are a seventh slower on two
-FORKS = multiprocessing.get_context("forkserver")
+FORKS = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo"])          # three seconds of the start of any other process
 
 
