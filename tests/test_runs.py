@@ -27,8 +27,9 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 TINY = ["convlstm", *SMALL, *"--iterations 4 --eval-every 2 --save-every 1 --eval-sequences 3".split()]
 
 
-def start(*arguments, **options):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], text=True, **options)
+def start(*arguments, before=(), **options):
+    return subprocess.Popen([*before, sys.executable, str(ROOT / "train.py"), *map(str, arguments)], text=True,
+                            env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +168,7 @@ def test_who_listens_may_leave():
     """`train.py … | head -1`, and a run whose standard output is closed from the start: they train on."""
     listening = start(*TINY, "--name", "a", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     listening.stdout.close()
-    shell = " ".join([sys.executable, str(ROOT / "train.py"), *TINY, "--name", "b", ">&-"])
-    closed = subprocess.Popen(shell, shell=True, text=True, stderr=subprocess.PIPE)
+    closed = start(*TINY, "--name", "b", before=["sh", "-c", '"$@" >&-', "sh"], stderr=subprocess.PIPE)
     for process, name in ((listening, "a"), (closed, "b")):
         assert process.stderr.read() == "" and process.wait() == 0 and Path(f"runs/{name}/results.json").exists()
 
