@@ -1532,6 +1532,7 @@ def attempt(argv):
 
 if __name__ == "__main__":
     status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # all is done; Python's end takes a moment, in which Ctrl-C would kill
     if processes.count > 1:
         # Gloo's threads let go of what was gathered when they come to it; if Python is ending by then, they abort.
         os._exit(status)

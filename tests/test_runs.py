@@ -191,6 +191,15 @@ def test_ctrl_c_while_starting(delay):
     assert process.wait() == 130 and err == "train.py: interrupted\n", err
 
 
+def test_ctrl_c_when_all_is_done():
+    """Python's own end takes a moment; what it comes into is no longer the run."""
+    ends = ("import atexit, runpy, signal, sys; sys.argv[0] = sys.argv.pop(1); "
+            "atexit.register(signal.raise_signal, signal.SIGINT); runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", ends, "train.py", "--list", "--data", "taxibj"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "") and "convlstm" in done.stdout
+
+
 def test_other_values_of_the_same_shape_are_other_data(capsys):
     film = np.random.default_rng(0).random((60, 16, 16), dtype=np.float32)
     np.save("mine.npy", film)
