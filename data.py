@@ -956,14 +956,19 @@ def _pieces(file, size, label, shape, dtype, axes):
     file.read(1)    # the end of an array in a .npz, where its checksum is looked at
 
 
+def _ffmpeg_reads(what):
+    """DataError where ffmpeg is not installed."""
+    if not shutil.which("ffmpeg"):
+        raise DataError(f"{what} read through the program ffmpeg, which is not installed: apt install ffmpeg, or see "
+                        f"ffmpeg.org")
+
+
 def _decoded(path, channels, notes, *options):
     """The frames of a film, or the one of an image, uint8 (1, C, H, W) each, through the program ffmpeg.
 
     channels: 1, grey, or 3, red, green and blue. What ffmpeg finds wrong in a file that it reads goes to the notes.
     """
-    if not shutil.which("ffmpeg"):
-        raise DataError(f"{path} is read through the program ffmpeg, which is not installed: apt install ffmpeg, or "
-                        f"see ffmpeg.org")
+    _ffmpeg_reads(f"{path} is")
     codec, pixels, count = *(("pgm", "gray") if channels == 1 else ("ppm", "rgb24")), 0
     command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", "file", "-i", f"file:{path}", *options,
                "-vf", "setpts=N/FRAME_RATE/TB",    # every frame once, whatever the times in the file
@@ -1460,9 +1465,7 @@ def _kth_ranges(path):
 
 def _kth_films(files):
     """Every frame of the films. The index: `films` [name, first frame, frames], `skipped` those not readable."""
-    if not shutil.which("ffmpeg"):
-        raise DataError("KTH's films are read through the program ffmpeg, which is not installed: apt install ffmpeg, "
-                        "or see ffmpeg.org")
+    _ffmpeg_reads("KTH's films are")
     films, skipped, count = {}, [], 0
     for path in progress(files, desc="unpacking KTH", unit="film"):
         name = re.fullmatch(r"(person\d\d_[a-z]+_d\d).*\.avi", path.name)
