@@ -649,15 +649,19 @@ def joined(parts):
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in (parts[0] if parts else ())}
 
 
+def forecast_scores(run, part, total, horizon, stop):
+    """metrics.frame_scores of the forecast alone, of this process's share of a part of the clips: see `batches`."""
+    return joined(next(scores_of(run.clips, frames, predictions, horizon))[3]
+                  for _, frames, predictions in batches(run, part, total, horizon, stop))
+
+
 def validate(run, stop):
     """The forecast's mean MSE over some of the validation set; None if the user asks to stop meanwhile."""
-    scores, horizon = [], run.config["horizon"]
     try:
-        for _, frames, predictions in batches(run, run.clips.valid, run.config["valid_sequences"], horizon, stop):
-            scores.append(next(scores_of(run.clips, frames, predictions, horizon))[3])
+        scores = forecast_scores(run, run.clips.valid, run.config["valid_sequences"], run.config["horizon"], stop)
     except Interrupted:
         return None
-    scores = joined(processes.from_all(joined(scores)))
+    scores = joined(processes.from_all(scores))
     return scores["mse"][scores["pixels"] != 0].mean().item()       # frames without data have no score
 
 
@@ -970,8 +974,7 @@ def work(run):
             frames = config["frames_in"] + config["horizon"]
             raise RunError(f"out of memory with --batch {config['batch']} of {frames} frames {size}: lower --batch or "
                            f"--hidden, or add --recompute") from None
-        if config["compile"] and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            said = " ".join(str(error).split("\n")[:2]).strip()
+        if said := not_compiled(error):
             raise RunError(f"--compile: {said}; go on without it: --resume {run.folder}") from None
         raise
 
@@ -1112,11 +1115,9 @@ def results_of(run, args):
 
 def figures_of(run, results):
     """Every picture of a run alone, {name of a file: its content}, and the number of the median sequence."""
-    clips, past, horizon, label = run.clips, run.clips.frames_in, run.clips.test_horizon, label_of(run)
+    clips, past, label = run.clips, run.clips.frames_in, label_of(run)
     with Stop() as stop:
-        scores = [next(scores_of(clips, frames, predictions, horizon))[3] for _, frames, predictions in batches(
-            run, clips.test, results["sequences"], horizon, stop)]
-    ranked = metrics.ranked(joined(scores))
+        ranked = metrics.ranked(forecast_scores(run, clips.test, results["sequences"], clips.test_horizon, stop))
     films = [film_of(run, number, f"{name} of {results['sequences']}: test sequence {number}, MSE {mse:.4g}")
              for name, (number, mse) in ranked.items()]
     median = ranked["median"][0]
@@ -1277,8 +1278,8 @@ def parser():
           ("precision", "arithmetic (default: bf16 on CUDA, fp32 on the CPU)", dict(choices=("fp32", "tf32", "bf16"))),
           ("recompute", "keep little but the states for the backward pass: less memory, more time", flag),
           ("no-graph", "CUDA: launch every kernel instead of replaying a recorded step", flag),
-          ("compile", "CUDA: fuse a step's kernels by torch.compile: minutes at each start, then half the launches",
-           flag))
+          ("compile", "CUDA: fuse a step's kernels by torch.compile: minutes at first, then half the launches; "
+                      "--resume wants it given again", flag))
     group("output",
           ("out", "where runs go (default: runs)", text("DIR")),
           ("name", "the run's name (default: model, variant, data and a running number)", text("NAME")),
@@ -1390,6 +1391,12 @@ def out_of_memory(error):
     """Whether an error says so: CUDA's has a type of its own, the CPU allocator's has not."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error) or \
         "not enough memory" in str(error)
+
+
+def not_compiled(error):
+    """What torch.compile says in an error of its own; "" of any other error."""
+    own = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    return " ".join(str(error).split("\n")[:2]).strip() if own else ""
 
 
 class Processes:
