@@ -1,4 +1,4 @@
-"""SA-ConvLSTM: a ConvLSTM whose every position attends to the whole frame, now and as a memory holds it.
+"""SA-ConvLSTM: a ConvLSTM with self-attention over the whole frame and over a memory of earlier frames.
 
 From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors; keep its text with a copy.
 
@@ -44,11 +44,11 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.qkv_h = nn.Conv2d(channels, 3 * channels, 1)         # W_q, W_k, W_v; the paper gives Ĉ no value: C
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)           # W_q, W_k, W_v; the paper gives Ĉ no value: C
         self.fuse = nn.Conv2d(channels, channels, 1)              # W_f
 
     def forward(self, h):
-        q, k, v = self.qkv_h(h).chunk(3, 1)                       # each (B, C, H, W)
+        q, k, v = self.qkv(h).chunk(3, 1)                         # each (B, C, H, W)
         return self.fuse(attend(q, k, v)).to(h.dtype) + h         # §3.1    Ĥ_t = W_f Z + H_t
 
 
@@ -152,7 +152,8 @@ class SAConvLSTM(nn.Module):
         if min(network.values()) < 1 or kernel % 2 == 0:
             raise ValueError(f"{network}: all of them must be positive, and the kernel odd")
         height, width = (size, size) if isinstance(size, int) else size
-        self.channels, self.size, self.setup, self.hidden, self.patch = channels, (height, width), setup, hidden, patch
+        self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
+        self.hidden, self.patch = hidden, patch
         self.one_size = setup == "patch4"                         # LayerNorm: a checkpoint fits one frame size only
         self.check((1, 1, channels, height, width))
 
@@ -171,7 +172,7 @@ class SAConvLSTM(nn.Module):
         if height % self.patch or width % self.patch:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
         if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: LayerNorm's weights fit {self.size[0]}×{self.size[1]} only; "
+            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
                              f"build the model with size=({height}, {width})")
 
     def step(self, x, state):
@@ -190,6 +191,7 @@ class SAConvLSTM(nn.Module):
         prediction. Row 0 is taken as True. None: every observed frame is read.
         """
         self.check(frames.shape, horizon)
+        # contiguous: on the CPU pixel_unshuffle and pixel_shuffle refuse five axes in channels-last memory.
         truth = F.pixel_unshuffle(frames.contiguous(), self.patch)    # (B, T, p²C, H/p, W/p)
         B, T, _, height, width = truth.shape
         zero = truth.new_zeros(B, self.hidden, height, width)
@@ -214,38 +216,42 @@ class SAConvLSTM(nn.Module):
 
 @torch.no_grad()
 def maps(model, frames, horizon=0, point=None):
-    """What the layers hold at every step, for pictures: {picture: [{label: one tensor (B, steps, …)} per layer]}.
+    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
 
-    "layers": "H", the hidden state Ĥ_t, (B, steps, hidden, H/p, W/p). With a point, a pixel (y, x) of the frame,
+    "layers": "H", the hidden state Ĥ_t, (B, steps, hidden, H/p, W/p). With a point, a pixel (y, x) of the frame, also
     "attention": how much the patch of that pixel attends to each patch, (B, steps, H/p, W/p), of sum 1: "Z_h" is α of
     Eq. 3, "Z_m" of Eq. 6; in the base model "X" and "H" are those of the two inputs.
     """
-    recorded, hooks = defaultdict(list), []                       # (picture, layer, label): one tensor per step
-
-    def attention(block, inputs, layer, labels):
-        q, *keys, _ = block.qkv_h(inputs[0]).chunk(3, 1)
-        if "Z_m" in labels and block.kv_m is not None:
-            keys.append(block.kv_m(inputs[1]).chunk(2, 1)[0])
-        q = q[:, :, point[0] // model.patch, point[1] // model.patch]                   # (B, C)
-        for label, k in zip(labels, keys):
-            scores = torch.einsum("bc,bchw->bhw", q, k)           # Eq. 2 and 3 for this query alone
-            recorded["attention", layer, label].append(scores.flatten(1).softmax(1).view_as(scores))
-
-    for layer, cell in enumerate(model.cells):
-        hooks.append(cell.register_forward_hook(
-            lambda _, inputs, outputs, layer=layer: recorded["layers", layer, "H"].append(outputs[0])))
-        for block, *labels in (cell.memory, "Z_h", "Z_m"), (cell.attend_x, "X"), (cell.attend_h, "H"):
-            if point and getattr(block, "qkv_h", None) is not None:
-                hooks.append(block.register_forward_hook(
-                    lambda block, inputs, _, layer=layer, labels=labels: attention(block, inputs, layer, labels)))
+    modules, outputs = [*model.cells], defaultdict(list)          # outputs: those of a module, one per step
+    attends = point is not None and model.variant in ("full", "no_zm", "base")
+    if attends:
+        modules += [m for name, m in model.named_modules() if name.endswith((".qkv", ".qkv_h", ".kv_m"))]
+    hooks = [m.register_forward_hook(lambda m, inputs, output: outputs[m].append(output)) for m in modules]
     try:
         model(frames, horizon)
     finally:
         for hook in hooks:
             hook.remove()
-    pictures = {}
-    for (picture, layer, label), values in recorded.items():
-        pictures.setdefault(picture, [{} for _ in model.cells])[layer][label] = torch.stack(values, 1)
+
+    def attention(qkv, kv=None):
+        q, k, _ = torch.stack(outputs[qkv], 1).chunk(3, 2)        # each (B, steps, C, H/p, W/p)
+        if kv is not None:
+            k, _ = torch.stack(outputs[kv], 1).chunk(2, 2)
+        q = q[..., point[0] // model.patch, point[1] // model.patch]
+        scores = torch.einsum("btc,btchw->bthw", q, k)            # Eq. 2 or 5, for this query alone
+        return scores.flatten(2).softmax(2).unflatten(2, scores.shape[2:])              # Eq. 3 or 6
+
+    pictures = {"layers": [{"H": torch.stack([h for h, _, _ in outputs[cell]], 1)} for cell in model.cells]}
+    if attends:
+        pictures["attention"] = []
+        for cell in model.cells:
+            if model.variant == "base":
+                weights = {"X": attention(cell.attend_x.qkv), "H": attention(cell.attend_h.qkv)}
+            else:
+                weights = {"Z_h": attention(cell.memory.qkv_h)}
+            if model.variant == "full":
+                weights["Z_m"] = attention(cell.memory.qkv_h, cell.memory.kv_m)
+            pictures["attention"].append(weights)
     return pictures
 
 
@@ -315,4 +321,4 @@ if __name__ == "__main__":
                 model(torch.empty(1, 2, 1, 64, 64))               # one of 19 steps, which all cost the same
             parameters = sum(p.numel() for p in model.parameters())
             macs = 19 * counter.get_total_flops() / 2e9
-            print(f"{setup:8} {variant:10} {parameters:>10,} {macs:7.1f}G   {meaning}")
+            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")
