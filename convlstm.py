@@ -1,41 +1,173 @@
-"""ConvLSTM: the LSTM whose matrix products are convolutions.
+"""ConvLSTM: an LSTM whose matrix products are convolutions.
 
 From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors; keep its text with a copy.
 
     X. Shi, Z. Chen, H. Wang, D.-Y. Yeung, W.-K. Wong, W.-C. Woo.
     "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting." NeurIPS 2015.
 
-A fully connected LSTM flattens its input and forgets where things are. ConvLSTM keeps input, hidden state and cell as
-feature maps and replaces every matrix product by a convolution, so a cell decides what to keep from what its neighbours
-were one step ago: motion is a local, translation-invariant rule. All later models in this project start from this cell.
+A fully connected LSTM flattens its input and loses the positions in it. ConvLSTM keeps input, hidden state and cell state
+as feature maps and replaces every matrix product by a convolution, so that each position is updated from its neighbours
+one step earlier: motion becomes a local, translation-invariant rule. All other models in this project build on this cell.
 
     frame t ──patch──embed──▶ cell 1 ──H──▶ cell 2 ──H──▶ … ──▶ cell L ──output──unpatch──▶ prediction of frame t + 1
                               ↻ H, C        ↻ H, C              ↻ H, C           (each ↻ runs from t to t + 1)
 
-Eq. 2 is that of Z. Ma et al., "MS-LSTM" (2023), in its letters: without peepholes, as all later papers have it. Eq. 3
-is that of Shi et al., which has them. Where no paper speaks, this file decides, at the line concerned:
-  - `patch4` (the SA-ConvLSTM, CMS-LSTM and MoDeRNN papers): one LayerNorm over all of (C, H, W) after every gate
-    convolution and on the cell state. Its weights have that shape, so A CHECKPOINT FITS ONE FRAME SIZE ONLY. The patch,
-    where LayerNorm stands, σ(f + 1) and all of the training that no paper tells are from PredRNN's and CMS-LSTM's code.
-  - `fullres` (the MS-LSTM paper): no patches, no normalisation; weights fit any frame size.
-
-    model = ConvLSTM(channels=1, size=64)                       # patch4; setup="fullres" for the other one
-    prediction = model(frames)                                  # (B, T, C, H, W) in [0, 1] -> (B, T-1, C, H, W)
-    forecast = model(frames, horizon=10)[:, -10:]               # T observed frames -> the 10 that follow
+    model = ConvLSTM(channels=1, size=64)                       # variants and set-ups: at the end of this file
+    forecast = model(frames, horizon=10)[:, -10:]               # (B, T, C, H, W) in [0, 1] -> the 10 frames that follow
     mask = torch.rand(19, B) < torch.tensor(model.truth_probability(k, iterations, 10, 19))[:, None]
     loss = ((model(frames, use_truth=mask) - frames[:, 1:]) ** 2).sum((2, 3, 4)).mean()     # 20 frames; then backward
+
+Eq. 2 is that of the MS-LSTM paper (Z. Ma et al. 2023), in its letters: without peepholes, like all later papers. Eq. 3
+is that of Shi et al., with peepholes.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+
+def conv(inputs, outputs, kernel, size, norm):
+    """A "same" convolution; with `norm`, LayerNorm over all of (C, H, W) follows and takes the place of the bias."""
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=not norm)
+    return nn.Sequential(layer, nn.LayerNorm([outputs, *size])) if norm else layer
+
+
+class ConvLSTMCell(nn.Module):
+    """One ConvLSTM layer, Eq. 2.
+
+    x (B, inputs, H, W); h and c (B, hidden, H, W) -> the new h and c. size: the (H, W) of the maps. norm: LayerNorm
+    after every gate convolution and on the cell state (`patch4`). peephole: the gates also see the cell state, Eq. 3.
+    """
+
+    def __init__(self, inputs, hidden, kernel, size, norm, peephole=False):
+        super().__init__()
+        self.x2h = conv(inputs, 4 * hidden, kernel, size, norm)   # W_ix, W_fx, W_gx, W_ox
+        self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_ih, W_fh, W_gh, W_oh
+        self.norm_c = nn.LayerNorm([hidden, *size]) if norm else nn.Identity()
+        self.forget_offset = 1.0 if norm else 0.0                 # released code only: cells start by remembering
+        # W_ci, W_cf, W_co of Eq. 3: zero at the start, so that both variants start as the same network.
+        self.peephole = nn.Parameter(torch.zeros(3, hidden, *size)) if peephole else None
+
+    def forward(self, x, h, c):
+        # Eq. 2   i = σ(W_ix * X_t + W_ih * H_{t-1})          f = σ(W_fx * X_t + W_fh * H_{t-1})
+        #         g = tanh(W_gx * X_t + W_gh * H_{t-1})       o = σ(W_ox * X_t + W_oh * H_{t-1})
+        # One convolution of each serves all four gates. Each gate has a bias, which Eq. 2 leaves out.
+        i, f, g, o = (self.x2h(x) + self.h2h(h)).to(c.dtype).chunk(4, 1)                # each (B, hidden, H, W)
+        if self.peephole is not None:
+            i = i + self.peephole[0] * c                          # Eq. 3   + W_ci ∘ C_{t-1}
+            f = f + self.peephole[1] * c                          # Eq. 3   + W_cf ∘ C_{t-1}
+        i, f, g = torch.sigmoid(i), torch.sigmoid(f + self.forget_offset), torch.tanh(g)
+        c = self.norm_c(f * c + i * g)                            # Eq. 2   C_t = f ∘ C_{t-1} + i ∘ g
+        if self.peephole is not None:
+            o = o + self.peephole[2] * c                          # Eq. 3   + W_co ∘ C_t, the new cell state
+        h = torch.sigmoid(o) * torch.tanh(c)                      # Eq. 2   H_t = o ∘ tanh(C_t)
+        return h.to(x.dtype), c                                   # H in the convolutions' dtype: bf16 under autocast
+
+
+class ConvLSTM(nn.Module):
+    """A stack of ConvLSTM layers that reads frames and predicts the next one.
+
+    channels, size (int or (H, W)): of a frame, each side a multiple of the patch. setup: "patch4" or "fullres".
+    variant: a key of VARIANTS. hidden, layers, kernel (odd), patch: in place of the set-up's. ValueError for what
+    cannot be built.
+    """
+
+    def __init__(self, channels=1, size=64, setup="patch4", variant="full",
+                 hidden=None, layers=None, kernel=None, patch=None):
+        super().__init__()
+        if setup not in NETWORK or variant not in VARIANTS:
+            raise ValueError(f"setup {setup!r}, variant {variant!r}: choose from {[*NETWORK]} and {[*VARIANTS]}")
+        overrides = dict(hidden=hidden, layers=layers, kernel=kernel, patch=patch)
+        network = NETWORK[setup] | {name: value for name, value in overrides.items() if value is not None}
+        hidden, layers, kernel, patch = (network[name] for name in overrides)
+        if min(network.values()) < 1 or kernel % 2 == 0:
+            raise ValueError(f"{network}: all of them must be positive, and the kernel odd")
+        height, width = (size, size) if isinstance(size, int) else size
+        self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
+        self.hidden, self.patch = hidden, patch
+        self.one_size = setup == "patch4" or variant == "peephole"    # LayerNorm, peepholes: a checkpoint fits one size only
+        self.check((1, 1, channels, height, width))
+
+        norm, tokens, grid = setup == "patch4", channels * patch**2, (height // patch, width // patch)
+        self.embed = nn.Conv2d(tokens, hidden, 1)
+        self.cells = nn.ModuleList(
+            ConvLSTMCell(hidden, hidden, kernel, grid, norm, variant == "peephole") for _ in range(layers))
+        self.output = nn.Conv2d(hidden, tokens, 1)
+
+    def check(self, shape, horizon=1):
+        """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
+        if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
+            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
+                             "none of these 0, and T + horizon at least 2")
+        height, width = shape[3:]
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
+        if self.one_size and (height, width) != self.size:
+            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
+                             f"build the model with size=({height}, {width})")
+
+    def step(self, x, state):
+        """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) per layer] -> those of the next frame."""
+        h, new_state = self.embed(x), []
+        for cell, (h_before, c) in zip(self.cells, state):
+            h, c = cell(h, h_before, c)
+            new_state.append((h, c))
+        return self.output(h).to(x.dtype), new_state
+
+    def forward(self, frames, horizon=0, use_truth=None):
+        """Read frames (B, T, C, H, W) in [0, 1], predict each next one, then `horizon` further ones from the model's
+        own predictions: (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1.
+
+        use_truth: scheduled sampling: bool (T-1, B); where True, step t reads the true frame t, where False the last
+        prediction. Row 0 is taken as True. None: every observed frame is read.
+        """
+        self.check(frames.shape, horizon)
+        # contiguous: on the CPU pixel_unshuffle and pixel_shuffle refuse five axes in channels-last memory.
+        truth = F.pixel_unshuffle(frames.contiguous(), self.patch)    # (B, T, p²C, H/p, W/p)
+        B, T, _, height, width = truth.shape
+        zero = truth.new_zeros(B, self.hidden, height, width)
+        state, x, predictions = [(zero, zero) for _ in self.cells], truth[:, 0], []
+        for t in range(T - 1 + horizon):
+            if 0 < t < T:                                         # beyond the observed frames x is the last prediction
+                x = truth[:, t] if use_truth is None else torch.where(
+                    use_truth[t, :, None, None, None], truth[:, t], x)
+            x, state = self.step(x, state)                        # x (B, p²C, H/p, W/p)
+            predictions.append(x)
+        predictions = torch.stack(predictions, 1).contiguous()    # (B, T-1+horizon, p²C, H/p, W/p)
+        return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
+
+    def truth_probability(self, iteration, iterations, frames_in, steps):
+        """Scheduled sampling (Bengio et al. 2015): the probability that each of `steps` steps reads the true frame.
+
+        1 inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0.
+        """
+        epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
+        return [1.0] * frames_in + [epsilon] * (steps - frames_in)
+
+
+@torch.no_grad()
+def maps(model, frames, horizon=0, point=None):
+    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
+
+    "layers": "H", the hidden state, (B, steps, hidden, H/p, W/p). There is no attention, and `point` is not used.
+    """
+    states = {cell: [] for cell in model.cells}                   # H of a layer, one per step
+    hooks = [m.register_forward_hook(lambda m, inputs, output: states[m].append(output[0])) for m in states]
+    try:
+        model(frames, horizon)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {"layers": [{"H": torch.stack(steps, 1)} for steps in states.values()]}
+
 
 VARIANTS = {
     "full": "ConvLSTM without peepholes, the baseline of all later papers",
     "peephole": "with the peepholes of Shi et al. 2015: the gates also see the cell state",
 }
 DEFAULT_SETUP = "patch4"
+# patch4: frames in 4×4 patches, LayerNorm (the SA-ConvLSTM, CMS-LSTM and MoDeRNN papers; the patch, where LayerNorm stands
+# and what they leave out of the training are PredRNN's and CMS-LSTM's code's). fullres: neither (the MS-LSTM paper).
 NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=5),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
@@ -65,161 +197,17 @@ PUBLISHED = [
          csi=[0.341, 0.199, 0.079], hss=[0.490, 0.315, 0.138]),
 ]
 
-
-def conv(inputs, outputs, kernel, size, norm):
-    """A "same" convolution; with `norm`, LayerNorm over all of (C, H, W) follows and takes the place of the bias."""
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=not norm)
-    return nn.Sequential(layer, nn.LayerNorm([outputs, *size])) if norm else layer
-
-
-class ConvLSTMCell(nn.Module):
-    """One ConvLSTM layer, Eq. 2.
-
-    Args: channels of the input and of the hidden state, the gates' kernel size, the (H, W) of the feature maps, whether
-    LayerNorm is used (`patch4`), whether peepholes are.
-    Called with x (B, inputs, H, W), h and c (B, hidden, H, W); returns the new h and c.
-    """
-
-    def __init__(self, inputs, hidden, kernel, size, norm, peephole=False):
-        super().__init__()
-        self.x2h = conv(inputs, 4 * hidden, kernel, size, norm)   # W_*x and a bias, for i, f, g, o in this order
-        self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_*h
-        self.norm_c = nn.LayerNorm([hidden, *size]) if norm else nn.Identity()
-        self.forget_offset = 1.0 if norm else 0.0                 # released code only: cells start by remembering
-        # W_ci, W_cf, W_co of Eq. 3; zero at the start, so that both variants start as the same network
-        self.peephole = nn.Parameter(torch.zeros(3, hidden, *size)) if peephole else None
-
-    def forward(self, x, h, c):
-        # Eq. 2   i = σ(W_ix * X_t + W_ih * H_{t-1})          f = σ(W_fx * X_t + W_fh * H_{t-1})
-        #         g = tanh(W_gx * X_t + W_gh * H_{t-1})       o = σ(W_ox * X_t + W_oh * H_{t-1})
-        # One convolution of X_t and one of H_{t-1} serve all four; each gate has a bias, which Eq. 2 leaves out.
-        gates = (self.x2h(x) + self.h2h(h)).to(c.dtype)           # (B, 4·hidden, H, W); c stays fp32 under autocast
-        i, f, g, o = gates.chunk(4, 1)                            # each (B, hidden, H, W)
-        if self.forget_offset:
-            f = f + self.forget_offset
-        if self.peephole is not None:                             # Eq. 3   + W_ci ∘ C_{t-1}, + W_cf ∘ C_{t-1}
-            i, f = i + self.peephole[0] * c, f + self.peephole[1] * c
-        # Eq. 2   C_t = f ∘ C_{t-1} + i ∘ g
-        c = self.norm_c(torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g))
-        if self.peephole is not None:                             # Eq. 3   + W_co ∘ C_t: o sees the new cell
-            o = o + self.peephole[2] * c
-        # Eq. 2   H_t = o ∘ tanh(C_t)
-        return (torch.sigmoid(o) * torch.tanh(c)).to(x.dtype), c  # H is read by convolutions: theirs is its type
-
-
-class ConvLSTM(nn.Module):
-    """A stack of ConvLSTM cells that reads frames and predicts the next one.
-
-    Args:
-        channels: of a frame. size: of a frame, an int or (H, W), each side divisible by the patch.
-        setup: "patch4" or "fullres". variant: a key of VARIANTS.
-        hidden, layers, kernel (odd), patch: override the set-up.
-    Attributes: `recompute`: set it to True to keep, of six steps in seven, only the states for the backward pass, and
-    compute the rest again there: less memory, more time, same gradients.
-    Raises ValueError, in one line that names the way out, for what cannot be built and frames it cannot read.
-    """
-
-    def __init__(self, channels=1, size=64, setup=DEFAULT_SETUP, variant="full",
-                 hidden=None, layers=None, kernel=None, patch=None):
-        super().__init__()
-        for name, value, known in ("setup", setup, NETWORK), ("variant", variant, VARIANTS):
-            if value not in known:
-                raise ValueError(f"{name} {value!r}: choose from {', '.join(known)}")
-        given = dict(hidden=hidden, layers=layers, kernel=kernel, patch=patch)
-        network = NETWORK[setup] | {name: value for name, value in given.items() if value is not None}
-        hidden, layers, kernel, patch = (network[name] for name in given)
-        if min(channels, hidden, layers, kernel, patch) < 1 or kernel % 2 == 0:
-            raise ValueError(f"channels and all of {network} must be positive, and the kernel odd")
-        height, width = (size, size) if isinstance(size, int) else size
-        self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
-        self.hidden, self.patch, self.recompute = hidden, patch, False
-        self.one_size = setup == "patch4" or variant == "peephole"    # weights of the shape of the maps
-        self.check((1, 1, channels, height, width))
-
-        norm, tokens, grid = setup == "patch4", channels * patch**2, (height // patch, width // patch)
-        self.embed = nn.Conv2d(tokens, hidden, 1)
-        self.cells = nn.ModuleList(
-            ConvLSTMCell(hidden, hidden, kernel, grid, norm, variant == "peephole") for _ in range(layers))
-        self.output = nn.Conv2d(hidden, tokens, 1)
-
-    def check(self, shape, horizon=1):
-        """Raise ValueError, in one line that names the way out, for frames of a shape that this model cannot read."""
-        if len(shape) != 5 or shape[2] != self.channels or min(shape[1], shape[1] - 1 + horizon) < 1:
-            raise ValueError(f"frames {(*shape,)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
-                             "and where T is 1 the horizon at least 1")
-        height, width = shape[3:]
-        if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} alone; "
-                             f"build the model with size=({height}, {width})")
-        unit = self.patch
-        near = [sorted({max((side + half) // unit, 1) * unit for half in ((unit - 1) // 2, unit // 2)})
-                for side in (height, width)]                      # the nearest multiple, or both where two are as near
-        if near != [[height], [width]]:
-            near = ", ".join(f"{h}×{w}" for h in near[0] for w in near[1])
-            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {unit}; "
-                             f"the nearest sizes: {near}")
-
-    def step(self, x, state):
-        """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) of every layer] -> those of the next frame."""
-        h, new_state = self.embed(x), []
-        for cell, (h_before, c_before) in zip(self.cells, state):
-            h, c = cell(h, h_before, c_before)
-            new_state.append((h, c))
-        return self.output(h).to(x.dtype), new_state
-
-    def forward(self, frames, horizon=0, use_truth=None, extras=False):
-        """Read frames, predict each next one, then `horizon` further ones from the model's own predictions.
-
-        Args:
-            frames: (B, T, C, H, W), values in [0, 1].
-            horizon: how many frames to forecast beyond frame T.
-            use_truth: training with scheduled sampling: bool (T-1, B); where True, step t reads the true frame t, where
-                False the last prediction. Row 0 is taken as True. None: every observed frame is read.
-            extras: True, "loss" or query points [(y, x), …]: also return a dict. This model adds nothing to the loss
-                and has no attention; except for "loss" the dict holds "layers", one (B, steps, hidden, H/p, W/p) a
-                layer: its hidden states.
-        Returns: predictions (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1. With extras: a pair.
-        """
-        self.check(frames.shape, horizon)
-        truth = F.pixel_unshuffle(frames, self.patch)             # (B, T, p²C, H/p, W/p)
-        B, T, _, height, width = truth.shape
-        zero = truth.new_zeros(B, self.hidden, height, width)
-        state = [(zero, zero) for _ in self.cells]                # states start at zero
-        x, predictions, layers = truth[:, 0], [], [[] for _ in self.cells]
-        for t in range(T - 1 + horizon):
-            if 0 < t < T:                                         # beyond the observed frames x is the last prediction
-                x = truth[:, t] if use_truth is None else torch.where(
-                    use_truth[t, :, None, None, None], truth[:, t], x)
-            if self.recompute and t % 7 and torch.is_grad_enabled():   # every seventh keeps all: faster
-                x, state = checkpoint(self.step, x, state, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, state = self.step(x, state)                    # x (B, p²C, H/p, W/p)
-            predictions.append(x)
-            if extras and extras != "loss":
-                for kept, (h, _) in zip(layers, state):
-                    kept.append(h)
-        predictions = F.pixel_shuffle(torch.stack(predictions, 1), self.patch)   # (B, T-1+horizon, C, H, W)
-        if not extras:
-            return predictions
-        return predictions, {} if extras == "loss" else {"layers": [torch.stack(kept, 1) for kept in layers]}
-
-    def truth_probability(self, iteration, iterations, frames_in, steps):
-        """Scheduled sampling (Bengio et al. 2015): with which probability each of `steps` steps reads the true frame.
-
-        1 inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0.
-        """
-        epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
-        return [1.0] * frames_in + [epsilon] * (steps - frames_in)
-
-
 MODEL = ConvLSTM
 
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
+    print("Parameters, and multiply-accumulates of a sequence of 20 frames of 1×64×64")
     for setup in NETWORK:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            model, frames = ConvLSTM(setup=setup), torch.empty(1, 20, 1, 64, 64)
-            shape = tuple(model(frames).shape)
-        print(f"ConvLSTM, {setup}: {tuple(frames.shape)} -> {shape}, {sum(p.numel() for p in model.parameters()):,} "
-              f"parameters, {counter.get_total_flops() / 2e9:.1f}G multiply-accumulates a sequence")
+        for variant, meaning in VARIANTS.items():
+            with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
+                model = MODEL(setup=setup, variant=variant)
+                model(torch.empty(1, 2, 1, 64, 64))               # one of 19 steps, which all cost the same
+            parameters = sum(p.numel() for p in model.parameters())
+            macs = 19 * counter.get_total_flops() / 2e9
+            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")

@@ -1,4 +1,4 @@
-"""PredRNN: a second memory that climbs the layers and zigzags through time. And PredRNN-V2, which trains it better.
+"""PredRNN: a second memory, which climbs the layers and zigzags through time. And PredRNN-V2, which trains it better.
 
 From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The authors; keep its text with a copy.
 
@@ -7,46 +7,23 @@ From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The a
     Y. Wang, H. Wu, J. Zhang, Z. Gao, J. Wang, P. S. Yu, M. Long. "PredRNN: A Recurrent Neural Network for
     Spatiotemporal Predictive Learning." TPAMI 2022 (PredRNN-V2).
 
-In a stack of ConvLSTMs each layer's cell C talks only to itself one step later: what the top layer found out about the
-frame never reaches the bottom of the next step. PredRNN adds one memory M for the whole stack. It climbs the layers
-inside a step and is handed from the top of one step to the bottom of the next, so detail takes a single path through
-space and time. A layer (the ST-LSTM) updates both, C with the gates i, f, g and M with i', f', g', and shows a mixture.
-PredRNN-V2 adds two things to the training and, but for one 1×1 convolution, nothing to the network: a loss that keeps C
-and M from learning the same, and scheduled sampling inside the observed frames too, where the true frame comes ever
-more often, so that the model has to find motion over long spans before it may rely on the frame it is given.
+In a stack of ConvLSTMs every layer keeps its cell state C to itself, so what the top layer learns about a frame never
+reaches the bottom layer at the next step. PredRNN adds a memory M that all layers share: the layers update it one after
+the other, from the bottom to the top, and the top layer hands it to the bottom layer of the next step. PredRNN-V2 adds a
+loss that keeps C and M from learning the same, and scheduled sampling inside the observed frames too.
 
-    prediction of frame t + 1               prediction of frame t + 2
-               ▲                                       ▲
-        output, unpatch                         output, unpatch
-               ▲ H                                     ▲ H
-            cell L ═════ M ═════╗                   cell L ═════ M ═════▶ …
-               ▲ H, M           ║                      ▲ H, M
-               ⋮                ║                      ⋮                      each cell also takes its own H, C
-               ▲ H, M           ║                      ▲ H, M                 from t to t + 1
-    … ═ M ═▶ cell 1             ╚═════ M ════════▶ cell 1
-               ▲                                       ▲
-         patch, embed                            patch, embed
-               ▲                                       ▲
-            frame t                               frame t + 1
+      cell L ════ M ═════╗             cell L ════ M ═════▶ …      the top layer's H gives the prediction
+         ▲ H, M          ║                ▲ H, M
+         ⋮               ║                ⋮                        each layer also hands its own H and C
+         ▲ H, M          ║                ▲ H, M                   to itself, from step t to t + 1
+      cell 1             ╚═════ M ═════▶ cell 1
+         ▲                                ▲
+      frame t                          frame t + 1
 
-The labels (a)-(e) are this file's, the letters the papers'; the superscript is the layer, X_t = H^{l-1}_t above the
-first. Where no paper speaks, this file decides, at the line concerned:
-  - `patch4` (frames in 4×4 patches, four layers of 64, 5×5: the defaults of the authors' code): one LayerNorm over all
-    of (C, H, W) after every gate convolution, none on C and M, and σ(f + 1) for both forget gates. Its weights have
-    that shape, so A CHECKPOINT FITS ONE FRAME SIZE ONLY. The authors' scripts for Moving MNIST and KTH have 128 hidden
-    channels, no LayerNorm and an lr of 3e-4 (V2 1e-4) instead, but σ(f + 1) too.
-  - the 1×1 embedding and the output's bias, as in the other models. The authors' code has neither, and so 8,015,872
-    parameters (V2 8,019,968) where this file has 8,554,576 (8,558,672).
-  - `fullres` (the MS-LSTM paper): no patches, no normalisation; weights fit any frame size.
-  - W_co * C + W_mo * M is one convolution over [C, M]: the same sum, and how the authors' code has it. MS-LSTM's code
-    has two, and so one more bias a hidden channel.
-  - the weight β of the decoupling loss is the released code's, for a loss that sums over the pixels of a frame.
-
-    model = PredRNN(channels=1, size=64, variant="v2")          # patch4; setup="fullres" for the other one
+    model = PredRNN(channels=1, size=64, variant="v2")          # variants and set-ups: at the end of this file
     forecast = model(frames, horizon=10)[:, -10:]               # (B, T, C, H, W) in [0, 1] -> the 10 frames that follow
-    mask = torch.rand(19, B) < torch.tensor(model.truth_probability(k, iterations, 10, 19))[:, None]
-    prediction, extra = model(frames, use_truth=mask, extras="loss")                   # 20 frames -> 19 predictions
-    loss = ((prediction - frames[:, 1:]) ** 2).sum((2, 3, 4)).mean() + extra.get("loss", 0)              # then backward
+    predictions, decoupling = model(frames, use_truth=mask, with_loss=True)      # mask: bool (19, B)
+    loss = ((predictions - frames[:, 1:]) ** 2).sum((2, 3, 4)).mean() + decoupling        # 20 frames; then backward
 """
 
 import math
@@ -54,7 +31,191 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+
+def conv(inputs, outputs, kernel, size, norm):
+    """A "same" convolution; with `norm`, LayerNorm over all of (C, H, W) follows and takes the place of the bias."""
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=not norm)
+    return nn.Sequential(layer, nn.LayerNorm([outputs, *size])) if norm else layer
+
+
+class STLSTMCell(nn.Module):
+    """One ST-LSTM layer, (a)-(d), of this file's numbering; l is the layer, X_t = H^{l-1}_t above the first.
+
+    x (B, inputs, H, W); h and c of one step earlier, m of the layer below, (B, hidden, H, W) -> the new h, c and m, and
+    their increments i ∘ g and i' ∘ g'. size: the (H, W) of the maps. norm: LayerNorm after each gate convolution.
+    """
+
+    def __init__(self, inputs, hidden, kernel, size, norm):
+        super().__init__()
+        self.x2h = conv(inputs, 7 * hidden, kernel, size, norm)   # W_x*, W'_x*: for i, f, g, i', f', g', o
+        self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_h*: for i, f, g, o
+        self.m2h = conv(hidden, 3 * hidden, kernel, size, norm)   # W_m*: for i', f', g'
+        # W_co and W_mo as one convolution of [C, M], as in the authors' code; MS-LSTM's has two, and one more bias.
+        self.cm2o = conv(2 * hidden, hidden, kernel, size, norm)
+        self.mix = nn.Conv2d(2 * hidden, hidden, 1, bias=not norm)                    # W_1×1
+        self.forget_offset = 1.0 if norm else 0.0                 # released code only: memories start by remembering
+
+    def forward(self, x, h, c, m):
+        # (a)  i = σ(W_xi * X_t + W_hi * H^l_{t-1} + b_i)          f = σ(W_xf * X_t + W_hf * H^l_{t-1} + b_f)
+        #      g = tanh(W_xg * X_t + W_hg * H^l_{t-1} + b_g)
+        n = c.shape[1]                                            # hidden
+        x_c, x_m, x_o = self.x2h(x).split((3 * n, 3 * n, n), 1)
+        h_c, h_o = self.h2h(h).split((3 * n, n), 1)
+        i, f, g = (x_c + h_c).to(c.dtype).chunk(3, 1)             # each (B, hidden, H, W)
+        i, f, g = torch.sigmoid(i), torch.sigmoid(f + self.forget_offset), torch.tanh(g)
+        delta_c = i * g
+        c = f * c + delta_c                                       # (a)  C^l_t = f ∘ C^l_{t-1} + i ∘ g
+        # (b)  i' = σ(W'_xi * X_t + W_mi * M^{l-1}_t + b'_i)       f' = σ(W'_xf * X_t + W_mf * M^{l-1}_t + b'_f)
+        #      g' = tanh(W'_xg * X_t + W_mg * M^{l-1}_t + b'_g)
+        i, f, g = (x_m + self.m2h(m)).to(c.dtype).chunk(3, 1)
+        i, f, g = torch.sigmoid(i), torch.sigmoid(f + self.forget_offset), torch.tanh(g)
+        delta_m = i * g
+        m = f * m + delta_m                                       # (b)  M^l_t = f' ∘ M^{l-1}_t + i' ∘ g'
+        # (c)  o = σ(W_xo * X_t + W_ho * H^l_{t-1} + W_co * C^l_t + W_mo * M^l_t + b_o)
+        cm = torch.cat([c, m], 1).to(x.dtype)                     # [C^l_t, M^l_t]  (B, 2·hidden, H, W)
+        o = torch.sigmoid((x_o + h_o + self.cm2o(cm)).to(c.dtype))
+        h = o * torch.tanh(self.mix(cm).to(c.dtype))              # (d)  H^l_t = o ∘ tanh(W_1×1 * [C^l_t, M^l_t])
+        return h.to(x.dtype), c, m, delta_c, delta_m              # H in the convolutions' dtype: bf16 under autocast
+
+
+def overlap(delta_c, delta_m):
+    """PredRNN-V2: |⟨ΔC, ΔM⟩| / (‖ΔC‖ ‖ΔM‖) over the pixels of each channel, in [0, 1]; its mean over batch and channels.
+
+    Both (B, C, H, W) -> a scalar.
+    """
+    return F.cosine_similarity(delta_c.flatten(2), delta_m.flatten(2), dim=2).abs().mean()
+
+
+class PredRNN(nn.Module):
+    """A stack of ST-LSTM layers, joined by one memory, that reads frames and predicts the next one.
+
+    channels, size (int or (H, W)): of a frame, each side a multiple of the patch. setup: "patch4" or "fullres".
+    variant: a key of VARIANTS. hidden, layers, kernel (odd), patch: in place of the set-up's. decouple_weight: β, the
+    weight of the decoupling loss beside a loss that sums over the pixels of a frame; None: released code's.
+    reverse_sampling: k₁, k₂ and α of reverse scheduled sampling as parts of the iterations; None: the set-up's.
+    ValueError for what cannot be built.
+    """
+
+    def __init__(self, channels=1, size=64, setup="patch4", variant="full",
+                 hidden=None, layers=None, kernel=None, patch=None, decouple_weight=None, reverse_sampling=None):
+        super().__init__()
+        if setup not in NETWORK or variant not in VARIANTS:
+            raise ValueError(f"setup {setup!r}, variant {variant!r}: choose from {[*NETWORK]} and {[*VARIANTS]}")
+        overrides = dict(hidden=hidden, layers=layers, kernel=kernel, patch=patch)
+        network = NETWORK[setup] | {name: value for name, value in overrides.items() if value is not None}
+        hidden, layers, kernel, patch = (network[name] for name in overrides)
+        if min(network.values()) < 1 or kernel % 2 == 0:
+            raise ValueError(f"{network}: all of them must be positive, and the kernel odd")
+        height, width = (size, size) if isinstance(size, int) else size
+        self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
+        self.hidden, self.patch = hidden, patch
+        self.one_size = setup == "patch4"                         # LayerNorm: a checkpoint fits one frame size only
+        self.check((1, 1, channels, height, width))
+
+        norm, tokens, grid = setup == "patch4", channels * patch**2, (height // patch, width // patch)
+        self.embed = nn.Conv2d(tokens, hidden, 1)
+        self.cells = nn.ModuleList(STLSTMCell(hidden, hidden, kernel, grid, norm) for _ in range(layers))
+        self.output = nn.Conv2d(hidden, tokens, 1)
+        self.has_auxiliary_loss = variant in ("v2", "decouple")
+        # W_dec, one for all layers: used by the loss only.
+        self.decouple = nn.Conv2d(hidden, hidden, 1, bias=not norm) if self.has_auxiliary_loss else None
+        if decouple_weight is None:                               # released code only
+            decouple_weight = 0.1 * channels * height * width if norm else 0.01 * layers * hidden
+        self.decouple_weight = decouple_weight
+        self.reverse_sampling = reverse_sampling or TRAINING[setup]["reverse_sampling"]
+
+    def check(self, shape, horizon=1):
+        """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
+        if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
+            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
+                             "none of these 0, and T + horizon at least 2")
+        height, width = shape[3:]
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
+        if self.one_size and (height, width) != self.size:
+            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
+                             f"build the model with size=({height}, {width})")
+
+    def step(self, x, state):
+        """One time step: tokens (B, p²C, H/p, W/p) of a frame, ([(h, c) per layer], m, loss) -> those of the next frame.
+
+        loss: the sum of the overlaps of all layers and steps so far, or None where the decoupling loss is not wanted.
+        """
+        (layers, m, loss), h, new_layers = state, self.embed(x), []
+        for cell, (h_before, c) in zip(self.cells, layers):
+            h, c, m, delta_c, delta_m = cell(h, h_before, c, m)   # M^{l-1}_t -> M^l_t
+            new_layers.append((h, c))
+            if self.has_auxiliary_loss and loss is not None:      # ΔC = W_dec * (i ∘ g), ΔM = W_dec * (i' ∘ g')
+                loss = loss + overlap(self.decouple(delta_c).to(c.dtype), self.decouple(delta_m).to(c.dtype))
+        return self.output(h).to(x.dtype), (new_layers, m, loss)  # (e)  M^0_{t+1} = M^L_t
+
+    def forward(self, frames, horizon=0, use_truth=None, with_loss=False):
+        """Read frames (B, T, C, H, W) in [0, 1], predict each next one, then `horizon` further ones from the model's
+        own predictions: (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1.
+
+        use_truth: scheduled sampling: bool (T-1, B); where True, step t reads the true frame t, where False the last
+        prediction. Row 0 is taken as True. None: every observed frame is read.
+        with_loss: return (predictions, loss), where loss, a scalar, is β times the mean overlap of ΔC and ΔM over all
+        layers and steps; 0 for a variant without that loss.
+        """
+        self.check(frames.shape, horizon)
+        # The p²C channels are in the order (C, y, x); in the authors' checkpoints it is (y, x, C).
+        # contiguous: on the CPU pixel_unshuffle and pixel_shuffle refuse five axes in channels-last memory.
+        truth = F.pixel_unshuffle(frames.contiguous(), self.patch)    # (B, T, p²C, H/p, W/p)
+        B, T, _, height, width = truth.shape
+        zero = truth.new_zeros(B, self.hidden, height, width)
+        loss = truth.new_zeros(()) if with_loss else None
+        state, x, predictions = ([(zero, zero) for _ in self.cells], zero, loss), truth[:, 0], []
+        for t in range(T - 1 + horizon):
+            if 0 < t < T:                                         # beyond the observed frames x is the last prediction
+                x = truth[:, t] if use_truth is None else torch.where(
+                    use_truth[t, :, None, None, None], truth[:, t], x)
+            x, state = self.step(x, state)                        # x (B, p²C, H/p, W/p)
+            predictions.append(x)
+        predictions = torch.stack(predictions, 1).contiguous()    # (B, T-1+horizon, p²C, H/p, W/p)
+        predictions = F.pixel_shuffle(predictions, self.patch)    # (B, T-1+horizon, C, H, W)
+        if not with_loss:
+            return predictions
+        _, _, loss = state
+        return predictions, self.decouple_weight * loss / (len(self.cells) * (T - 1 + horizon))
+
+    def truth_probability(self, iteration, iterations, frames_in, steps):
+        """Scheduled sampling: with which probability each of `steps` steps reads the true frame.
+
+        "full", "decouple" (Bengio et al. 2015): 1 inside the `frames_in` observed frames; beyond them ε, which falls
+        linearly from 1 to 0. "v2", "reverse_sampling": the first frame is always read; inside the other observed ones
+        the probability rises from 0.5 to 1, beyond them it falls from 0.5 to 0.
+        """
+        if self.variant in ("full", "decouple"):
+            epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
+            return [1.0] * frames_in + [epsilon] * (steps - frames_in)
+        k1, k2, alpha = (part * iterations for part in self.reverse_sampling)
+        if iteration < k1:
+            rising, falling = 0.5, 0.5
+        elif iteration < k2:
+            rising = 1 - 0.5 * math.exp(-(iteration - k1) / alpha)
+            falling = 0.5 * (k2 - iteration) / (k2 - k1)
+        else:
+            rising, falling = 1.0, 0.0
+        return [1.0] + [rising] * (frames_in - 1) + [falling] * (steps - frames_in)
+
+
+@torch.no_grad()
+def maps(model, frames, horizon=0, point=None):
+    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
+
+    "layers": "H", the hidden state, (B, steps, hidden, H/p, W/p). There is no attention, and `point` is not used.
+    """
+    states = {cell: [] for cell in model.cells}                   # H of a layer, one per step
+    hooks = [m.register_forward_hook(lambda m, inputs, output: states[m].append(output[0])) for m in states]
+    try:
+        model(frames, horizon)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {"layers": [{"H": torch.stack(steps, 1)} for steps in states.values()]}
+
 
 VARIANTS = {
     "full": "PredRNN (2017): the ST-LSTM and its zigzag memory",
@@ -63,6 +224,10 @@ VARIANTS = {
     "reverse_sampling": "PredRNN with reverse scheduled sampling alone",
 }
 DEFAULT_SETUP = "patch4"
+# patch4: the defaults of the authors' code (frames in 4×4 patches, four layers of 64, 5×5 kernels, LayerNorm), with the
+# 1×1 embedding and the output's bias of the other models: the authors' code has neither, hence 8,015,872 parameters (V2
+# 8,019,968) instead of 8,554,576 (8,558,672). Their scripts for Moving MNIST and KTH have 128 hidden channels, no
+# LayerNorm and an lr of 3e-4 (V2 1e-4). fullres: the MS-LSTM paper's, without patches and LayerNorm.
 NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=5),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
@@ -105,213 +270,17 @@ PUBLISHED = [
          csi=[0.380, 0.231, 0.092], hss=[0.533, 0.358, 0.158]),
 ]
 
-
-def conv(inputs, outputs, kernel, size, norm):
-    """A "same" convolution; with `norm`, LayerNorm over all of (C, H, W) follows and takes the place of the bias."""
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=not norm)
-    return nn.Sequential(layer, nn.LayerNorm([outputs, *size])) if norm else layer
-
-
-class STLSTMCell(nn.Module):
-    """One ST-LSTM layer, (a)-(e).
-
-    Args: channels of the input and of the hidden state, the gates' kernel size, the (H, W) of the feature maps, whether
-    LayerNorm is used (`patch4`).
-    Called with x (B, inputs, H, W) and, (B, hidden, H, W) each, h and c of this layer one step ago and m of the layer
-    below; returns the new h, c and m, and what the gates let into C and into M, (i ∘ g, i' ∘ g').
-    """
-
-    def __init__(self, inputs, hidden, kernel, size, norm):
-        super().__init__()
-        self.x2h = conv(inputs, 7 * hidden, kernel, size, norm)   # W_x*, W'_x*: i, f, g, i', f', g', o in this order
-        self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_h*: i, f, g, o
-        self.m2h = conv(hidden, 3 * hidden, kernel, size, norm)   # W_m*: i', f', g'
-        self.cm2o = conv(2 * hidden, hidden, kernel, size, norm)  # W_co and W_mo side by side
-        self.mix = nn.Conv2d(2 * hidden, hidden, 1, bias=not norm)                    # W_1×1
-        self.forget_offset = 1.0 if norm else 0.0                 # released code only: memories start by remembering
-
-    def forward(self, x, h, c, m):
-        # i = σ(W_xi * X_t + W_hi * H^l_{t-1} + b_i)          i' = σ(W'_xi * X_t + W_mi * M^{l-1}_t + b'_i)
-        # f = σ(W_xf * X_t + W_hf * H^l_{t-1} + b_f)          f' = σ(W'_xf * X_t + W_mf * M^{l-1}_t + b'_f)
-        # g = tanh(W_xg * X_t + W_hg * H^l_{t-1} + b_g)       g' = tanh(W'_xg * X_t + W_mg * M^{l-1}_t + b'_g)
-        # Chunks of three convolutions, in c's type, so that C and M stay fp32 under autocast.
-        n = c.shape[1]                                            # hidden
-        x_cm, x_o = self.x2h(x).to(c.dtype).split((6 * n, n), 1)
-        h_c, h_o = self.h2h(h).to(c.dtype).split((3 * n, n), 1)
-        # C and M obey the same equation: both at once, side by side in a dimension of their own.
-        gates = x_cm + torch.cat([h_c, self.m2h(m).to(c.dtype)], 1)
-        i, f, g = gates.unflatten(1, (2, 3, n)).unbind(2)         # [i, i'], [f, f'], [g, g']: each (B, 2, hidden, H, W)
-        if self.forget_offset:
-            f = f + self.forget_offset
-        # (a)  C^l_t = f ∘ C^l_{t-1} + i ∘ g                      this layer's own past
-        # (b)  M^l_t = f' ∘ M^{l-1}_t + i' ∘ g'                   the layer below, in this step
-        growth = torch.sigmoid(i) * torch.tanh(g)
-        cm = torch.sigmoid(f) * torch.stack([c, m], 1) + growth   # (B, 2, hidden, H, W)
-        # (c)  o = σ(W_xo * X_t + W_ho * H^l_{t-1} + W_co * C^l_t + W_mo * M^l_t + b_o)
-        both = cm.flatten(1, 2).to(x.dtype)                       # [C^l_t, M^l_t]  (B, 2·hidden, H, W)
-        o = torch.sigmoid(x_o + h_o + self.cm2o(both).to(c.dtype))
-        # (d)  H^l_t = o ∘ tanh(W_1×1 * [C^l_t, M^l_t])
-        h = o * torch.tanh(self.mix(both).to(c.dtype))
-        return h.to(x.dtype), *cm.unbind(1), growth.unbind(1)     # H is read by convolutions: theirs is its type
-
-
-def overlap(delta_c, delta_m):
-    """How much alike two (B, C, H, W) are: |⟨ΔC, ΔM⟩| / (‖ΔC‖ ‖ΔM‖) over the pixels of a channel, in [0, 1].
-
-    Returns its mean over batch and channels, a scalar.
-    """
-    return F.cosine_similarity(delta_c.flatten(2), delta_m.flatten(2), dim=2).abs().mean()
-
-
-class PredRNN(nn.Module):
-    """A stack of ST-LSTM layers, joined by one memory, that reads frames and predicts the next one.
-
-    Args:
-        channels: of a frame. size: of a frame, an int or (H, W), each side divisible by the patch.
-        setup: "patch4" or "fullres". variant: a key of VARIANTS.
-        hidden, layers, kernel (odd), patch: override the set-up.
-        decouple_weight: β, the weight of the decoupling loss beside a loss that sums over the pixels of a frame; None:
-            the set-up's. It matters to the variants that have that loss, "v2" and "decouple".
-        reverse_sampling: k₁, k₂ and α of "v2" and "reverse_sampling", as parts of the iterations; None: the set-up's.
-    Attributes: `recompute`: set it to True to keep, of six steps in seven, only the states for the backward pass, and
-    compute the rest again there: less memory, more time, same gradients.
-    Raises ValueError, in one line that names the way out, for what cannot be built and frames it cannot read.
-    """
-
-    def __init__(self, channels=1, size=64, setup=DEFAULT_SETUP, variant="full",
-                 hidden=None, layers=None, kernel=None, patch=None, decouple_weight=None, reverse_sampling=None):
-        super().__init__()
-        for name, value, known in ("setup", setup, NETWORK), ("variant", variant, VARIANTS):
-            if value not in known:
-                raise ValueError(f"{name} {value!r}: choose from {', '.join(known)}")
-        given = dict(hidden=hidden, layers=layers, kernel=kernel, patch=patch)
-        network = NETWORK[setup] | {name: value for name, value in given.items() if value is not None}
-        hidden, layers, kernel, patch = (network[name] for name in given)
-        if min(channels, hidden, layers, kernel, patch) < 1 or kernel % 2 == 0:
-            raise ValueError(f"channels and all of {network} must be positive, and the kernel odd")
-        height, width = (size, size) if isinstance(size, int) else size
-        self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
-        self.hidden, self.patch, self.recompute = hidden, patch, False
-        self.one_size = setup == "patch4"                         # LayerNorm: weights of the shape of the maps
-        self.check((1, 1, channels, height, width))
-
-        norm, tokens, grid = setup == "patch4", channels * patch**2, (height // patch, width // patch)
-        self.embed = nn.Conv2d(tokens, hidden, 1)
-        self.cells = nn.ModuleList(STLSTMCell(hidden, hidden, kernel, grid, norm) for _ in range(layers))
-        self.output = nn.Conv2d(hidden, tokens, 1)
-        # W_dec, one for all layers: where it looks for likeness is learned, but it takes no part in the prediction.
-        self.decouple = nn.Conv2d(hidden, hidden, 1, bias=not norm) if variant in ("v2", "decouple") else None
-        if decouple_weight is None:                               # released code only
-            decouple_weight = 0.1 * channels * height * width if norm else 0.01 * layers * hidden
-        self.decouple_weight = decouple_weight
-        self.reverse_sampling = reverse_sampling or TRAINING[setup]["reverse_sampling"]
-
-    def check(self, shape, horizon=1):
-        """Raise ValueError, in one line that names the way out, for frames of a shape that this model cannot read."""
-        if len(shape) != 5 or shape[2] != self.channels or min(shape[1], shape[1] - 1 + horizon) < 1:
-            raise ValueError(f"frames {(*shape,)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
-                             "and where T is 1 the horizon at least 1")
-        height, width = shape[3:]
-        if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} alone; "
-                             f"build the model with size=({height}, {width})")
-        unit = self.patch
-        near = [sorted({max((side + half) // unit, 1) * unit for half in ((unit - 1) // 2, unit // 2)})
-                for side in (height, width)]                      # the nearest multiple, or both where two are as near
-        if near != [[height], [width]]:
-            near = ", ".join(f"{h}×{w}" for h in near[0] for w in near[1])
-            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {unit}; "
-                             f"the nearest sizes: {near}")
-
-    def step(self, x, state, with_loss=False):
-        """One time step: tokens (B, p²C, H/p, W/p) of a frame, ([(h, c) of every layer], m) -> those of the next frame.
-
-        Third comes how alike C and M grew, a scalar in [0, 1]: None unless `with_loss`.
-        """
-        (layers, m), h, new_layers, alike = state, self.embed(x), [], []
-        for cell, (h_before, c_before) in zip(self.cells, layers):
-            h, c, m, growth = cell(h, h_before, c_before, m)      # m: up the layers, M^{l-1}_t -> M^l_t
-            new_layers.append((h, c))
-            if with_loss:
-                # V2: ΔC = W_dec * (i ∘ g), ΔM = W_dec * (i' ∘ g')
-                alike.append(overlap(*(self.decouple(v).to(c.dtype) for v in growth)))
-        # (e)  M^0_{t+1} = M^L_t: the state takes the top's m to the bottom of the next step
-        return self.output(h).to(x.dtype), (new_layers, m), torch.stack(alike).mean() if with_loss else None
-
-    def forward(self, frames, horizon=0, use_truth=None, extras=False):
-        """Read frames, predict each next one, then `horizon` further ones from the model's own predictions.
-
-        Args:
-            frames: (B, T, C, H, W), values in [0, 1].
-            horizon: how many frames to forecast beyond frame T.
-            use_truth: training with scheduled sampling: bool (T-1, B); where True, step t reads the true frame t, where
-                False the last prediction. Row 0 is taken as True. None: every observed frame is read.
-            extras: True, "loss" or query points [(y, x), …]: also return a dict. For the variants with the decoupling
-                loss it holds "loss", a scalar: β times the mean likeness of ΔC and ΔM over all steps and layers. Except
-                for "loss" it holds "layers", one (B, steps, hidden, H/p, W/p) a layer: its hidden states; and
-                "memory", (B, steps, hidden, H/p, W/p): M as it leaves the top layer. There is no attention.
-        Returns: predictions (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1. With extras: a pair.
-        """
-        self.check(frames.shape, horizon)
-        # The p²C channels are in the order (C, y, x), in the authors' checkpoints in the order (y, x, C).
-        truth = F.pixel_unshuffle(frames, self.patch)             # (B, T, p²C, H/p, W/p)
-        B, T, _, height, width = truth.shape
-        zero = truth.new_zeros(B, self.hidden, height, width)
-        state = ([(zero, zero) for _ in self.cells], zero)        # states and memory start at zero
-        with_loss = bool(extras) and self.decouple is not None
-        x, predictions, alike, memory, layers = truth[:, 0], [], [], [], [[] for _ in self.cells]
-        for t in range(T - 1 + horizon):
-            if 0 < t < T:                                         # beyond the observed frames x is the last prediction
-                x = truth[:, t] if use_truth is None else torch.where(
-                    use_truth[t, :, None, None, None], truth[:, t], x)
-            if self.recompute and t % 7 and torch.is_grad_enabled():   # every seventh keeps all: faster
-                x, state, likeness = checkpoint(self.step, x, state, with_loss, use_reentrant=False,
-                                                preserve_rng_state=False)
-            else:
-                x, state, likeness = self.step(x, state, with_loss)                   # x (B, p²C, H/p, W/p)
-            predictions.append(x)
-            alike.append(likeness)
-            if extras and extras != "loss":
-                memory.append(state[1])
-                for kept, (h, _) in zip(layers, state[0]):
-                    kept.append(h)
-        predictions = F.pixel_shuffle(torch.stack(predictions, 1), self.patch)   # (B, T-1+horizon, C, H, W)
-        if not extras:
-            return predictions
-        found = {"loss": self.decouple_weight * torch.stack(alike).mean()} if with_loss else {}
-        if extras != "loss":
-            found |= {"layers": [torch.stack(kept, 1) for kept in layers], "memory": torch.stack(memory, 1)}
-        return predictions, found
-
-    def truth_probability(self, iteration, iterations, frames_in, steps):
-        """Scheduled sampling: with which probability each of `steps` steps reads the true frame.
-
-        "full", "decouple" (Bengio et al. 2015): 1 inside the `frames_in` observed frames; beyond them ε, which falls
-        linearly from 1 to 0. "v2", "reverse_sampling": the first frame is always read; inside the other observed ones
-        the probability rises from 0.5 to 1, beyond them it falls from 0.5 to 0.
-        """
-        if self.variant in ("full", "decouple"):
-            epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
-            return [1.0] * frames_in + [epsilon] * (steps - frames_in)
-        k1, k2, alpha = (part * iterations for part in self.reverse_sampling)
-        if iteration < k1:
-            rising, falling = 0.5, 0.5
-        elif iteration < k2:
-            rising = 1 - 0.5 * math.exp(-(iteration - k1) / alpha)
-            falling = 0.5 * (k2 - iteration) / (k2 - k1)
-        else:
-            rising, falling = 1.0, 0.0
-        return [1.0] + [rising] * (frames_in - 1) + [falling] * (steps - frames_in)
-
-
 MODEL = PredRNN
 
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
+    print("Parameters, and multiply-accumulates of a sequence of 20 frames of 1×64×64")
     for setup in NETWORK:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            model, frames = PredRNN(setup=setup), torch.empty(1, 20, 1, 64, 64)
-            shape = tuple(model(frames).shape)
-        print(f"PredRNN, {setup}: {tuple(frames.shape)} -> {shape}, {sum(p.numel() for p in model.parameters()):,} "
-              f"parameters, {counter.get_total_flops() / 2e9:.1f}G multiply-accumulates a sequence")
+        for variant, meaning in VARIANTS.items():
+            with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
+                model = MODEL(setup=setup, variant=variant)
+                model(torch.empty(1, 2, 1, 64, 64), with_loss=True)   # one of 19 steps, which all cost the same
+            parameters = sum(p.numel() for p in model.parameters())
+            macs = 19 * counter.get_total_flops() / 2e9
+            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")

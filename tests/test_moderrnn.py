@@ -6,7 +6,7 @@ import torch
 from conftest import count_macs, count_parameters
 from literal import apply, arrays, layer_norm, randomize, sigmoid
 
-from moderrnn import DetailContextBlock, MoDeRNN, MoDeRNNCell, merge
+from moderrnn import DetailContextBlock, MoDeRNN, MoDeRNNCell, maps, mean_of
 
 
 def literal_dcb(w, name, x, h, kernels):
@@ -14,15 +14,15 @@ def literal_dcb(w, name, x, h, kernels):
     def attention(side, features):
         return sigmoid(sum(apply(w, f"{name}{side}.{n}", features) for n in range(kernels)) / kernels)
 
-    attn_h = attention("of_h", h)
+    attn_h = attention("conv_h", h)
     x = 2 * attn_h * x
-    attn_x = attention("of_x", x)
+    attn_x = attention("conv_x", x)
     h = 2 * attn_x * h
-    x = 2 * attention("of_h", h) * x
-    attn_x = attention("of_x", x)
+    x = 2 * attention("conv_h", h) * x
+    attn_x = attention("conv_x", x)
     h = 2 * attn_x * h
-    attn_h = attention("of_h", h)
-    return 2 * attn_h * x, h, attn_h, attn_x
+    attn_h = attention("conv_h", h)
+    return 2 * attn_h * x, h, attn_h, attn_x                      # and the last weights
 
 
 def features(*channels, size=(4, 5)):
@@ -32,11 +32,10 @@ def features(*channels, size=(4, 5)):
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("kernels", [(3, 5, 7), (3, 5), (7,)])
 def test_block_is_the_equation(norm, kernels):
-    block = randomize(DetailContextBlock(2, (4, 5), norm, kernels))
+    block = randomize(DetailContextBlock(2, kernels, (4, 5), norm))
     x, h = features(2, 2)
-    got_x, got_h, (got_attn_h, got_attn_x) = block(x, h)
     want = literal_dcb(arrays(block), "", x[0].numpy(), h[0].numpy(), len(kernels))
-    for got, expected in zip((got_x, got_h, got_attn_h, got_attn_x), want):
+    for got, expected in zip(block(x, h), want):
         np.testing.assert_allclose(got[0].detach().numpy(), expected, atol=1e-12)
 
 
@@ -45,8 +44,7 @@ def test_block_is_the_equation(norm, kernels):
 def test_cell_is_the_equations(norm, kernels):
     cell = randomize(MoDeRNNCell(3, 3, (4, 5), norm, kernels))
     x, h, c = features(3, 3, 3)
-    got_h, got_c, maps = cell(x, h, c)
-    assert (maps is None) == (kernels == ())
+    got_h, got_c = cell(x, h, c)
 
     w, (x, h, c) = arrays(cell), (v[0].numpy() for v in (x, h, c))
     if kernels:
@@ -63,30 +61,19 @@ def test_cell_is_the_equations(norm, kernels):
 @pytest.mark.parametrize("kernels", [(3, 5, 7), (3, 5), (7,)])
 def test_one_convolution_equals_the_three(kernels):
     """Values and gradients, on maps smaller and larger than the kernel; and one convolution is what runs."""
-    block = randomize(DetailContextBlock(3, None, False, kernels))
+    block = randomize(DetailContextBlock(3, kernels, None, False))
+    called = []
+    for layer in block.conv_h:
+        layer.register_forward_hook(lambda *_: called.append(1))
     for size in ((2, 3), (9, 11)):
         (features_in,) = features(3, size=size)
-        gradients = []
-        one, apart = block.mean(merge(block.of_h), features_in), sum(c(features_in) for c in block.of_h) / len(kernels)
+        one = mean_of(block.conv_h, False)(features_in)
+        assert not called
+        apart = sum(layer(features_in) for layer in block.conv_h) / len(kernels)
         torch.testing.assert_close(one, apart, rtol=0, atol=1e-12)
-        for out in (one, apart):
-            gradients.append(torch.autograd.grad(out.square().sum(), [*block.of_h.parameters()]))
+        gradients = [torch.autograd.grad(out.square().sum(), [*block.conv_h.parameters()]) for out in (one, apart)]
         torch.testing.assert_close(*gradients, rtol=0, atol=1e-9)
-    assert merge(block.of_h)[0].shape == (3, 3, max(kernels), max(kernels))
-
-
-def test_one_convolution_is_what_runs(monkeypatch):
-    """Under `fullres` nothing calls the three, and the kernels are added once a roll-out, not at every step."""
-    import moderrnn
-
-    called, merges = [], []
-    monkeypatch.setattr(moderrnn, "merge", lambda convs: merges.append(1) or merge(convs))
-    model = MoDeRNN(size=8, setup="fullres", hidden=4, layers=2)
-    for cell in model.cells:
-        for layer in (*cell.dcb.of_h, *cell.dcb.of_x):
-            layer.register_forward_hook(lambda *_: called.append(1))
-    model(torch.rand(1, 4, 1, 8, 8), horizon=3)
-    assert not called and len(merges) == 2 * len(model.cells)
+        called.clear()
 
 
 @pytest.mark.parametrize("setup, options, parameters", [
@@ -107,18 +94,21 @@ def test_multiply_accumulates():
 def test_variants_differ_by_their_kernels_only():
     for variant, kernels in dict(full=[3, 5, 7], k3=[3], k5=[5], k7=[7], k35=[3, 5]).items():
         dcb = MoDeRNN(size=8, hidden=4, setup="fullres", variant=variant).cells[0].dcb
-        assert [layer.kernel_size[0] for layer in dcb.of_x] == [layer.kernel_size[0] for layer in dcb.of_h] == kernels
+        assert [layer.kernel_size[0] for layer in dcb.conv_x] == [layer.kernel_size[0] for layer in dcb.conv_h] == kernels
 
 
 @pytest.mark.parametrize("setup, size", [("patch4", 4), ("fullres", 16)])
 def test_weight_maps(setup, size):
-    """Asked for, each layer's last maps come in (0, 1); the first step has no context, so Attn_H is that of H = 0."""
-    model = MoDeRNN(size=16, setup=setup, hidden=4, layers=2)
-    _, found = model(torch.rand(2, 4, 1, 16, 16), horizon=2, extras=True)
-    assert [w.shape for w in found["weights"]] == 2 * [(2, 5, 2, 4, size, size)]
-    maps = torch.stack(found["weights"])
-    assert (maps > 0).all() and (maps < 1).all()
-    dcb = model.cells[0].dcb
-    nothing = torch.zeros(2, 4, size, size)
-    torch.testing.assert_close(found["weights"][0][:, 0, 0], dcb(nothing, nothing)[2][0])
-    assert "weights" not in MoDeRNN(size=16, setup=setup, variant="no_dcb")(torch.rand(2, 4, 1, 16, 16), extras=True)[1]
+    """The last of each layer and step, in (0, 1): here those of layer 2 in the fourth step."""
+    model = randomize(MoDeRNN(size=16, setup=setup, hidden=4, layers=2))
+    frames, block, inputs = torch.rand(2, 4, 1, 16, 16, dtype=torch.float64), model.cells[1].dcb, []
+    block.register_forward_pre_hook(lambda _, both: inputs.append(both))
+    weights = maps(model, frames, horizon=2)["weights"]
+    for layer in weights:
+        assert {label: w.shape for label, w in layer.items()} == dict.fromkeys(
+            ("Attn_H", "Attn_X"), (2, 5, 4, size, size))
+    *_, attn_h, attn_x = literal_dcb(arrays(block), "", *(v[1].detach().numpy() for v in inputs[3]), kernels=3)
+    for got, want in (weights[1]["Attn_H"], attn_h), (weights[1]["Attn_X"], attn_x):
+        np.testing.assert_allclose(got[1, 3].numpy(), want, atol=1e-12)
+        assert 0 < want.min() and want.max() < 1
+    assert set(maps(MoDeRNN(size=16, setup=setup, variant="no_dcb"), frames.float())) == {"layers"}
