@@ -1,19 +1,21 @@
-"""The training step: nothing in it that a CUDA graph cannot hold, and by a graph the same as without one.
+"""The training step: gradients, and on CUDA one recorded graph of compiled steps that does the same.
 
-Without a GPU a graph is stood in for by calling again what was recorded, and a step runs on the meta device, which has
-no values: what needs one is seen. The last section needs a GPU.
+Without a GPU a step runs on the meta device, which has no values: what needs one is refused there. A graph is stood in
+for by one that keeps every operation, and the memory it read and wrote. The last section needs a GPU.
 """
 
-import copy
 import functools
+import gc
 import itertools
 import json
+import math
 import os
-import re
-import socket
+import signal
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -26,16 +28,121 @@ from torch.utils._pytree import tree_leaves
 
 import train
 
-CPU, CUDA, STEP = torch.device("cpu"), torch.device("cuda"), train.Step
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 EVERY = [(name, variant, setup) for name in train.MODELS for variant in train.model_file(name).VARIANTS
          for setup in ("patch4", "fullres")]
+FULL = [(name, setup) for name in train.MODELS for setup in ("patch4", "fullres")]
 
 
 def settings(name="convlstm", setup="patch4", **other):
+    """As much of a run's config as a step needs."""
     training = train.model_file(name).TRAINING[setup]
     return dict(batch=2, precision="fp32", loss=training["loss"], optimizer=training["optimizer"], lr=1e-3,
-                weight_decay=training.get("weight_decay", 0.0), reverse=True, frames_in=2, horizon=2, schedule=10,
-                seed=0) | other
+                weight_decay=training.get("weight_decay", 0.0), reverse=True, frames_in=2, horizon=2, seed=0, schedule=10,
+                iterations=10, recompute=False, eager=False) | other
+
+
+def small(name="convlstm", **options):
+    torch.manual_seed(0)
+    return train.model_file(name).MODEL(**dict(size=16, hidden=4, layers=2, kernel=3, patch=2, setup="patch4") | options)
+
+
+def new_step(model, device=CPU, iteration=0, checkpoint=None, **config):
+    run = train.Run(None, settings(**config), model, device=device, iteration=iteration, checkpoint=checkpoint)
+    return train.Step(run, run.config)
+
+
+def batches(config, device=CPU, missing=False, size=16):
+    """Endless (frames, mask, learning rate), no two alike."""
+    for iteration in itertools.count():
+        generator = torch.Generator().manual_seed(iteration)
+        frames = torch.rand(config["batch"], 4, 1, size, size, generator=generator)
+        if missing:
+            frames[torch.rand(frames.shape, generator=generator) < 0.2] = torch.nan
+        mask = torch.rand(3, config["batch"], generator=generator) < 0.5
+        yield frames.to(device), mask.to(device), 1e-2 / (1 + iteration)
+
+
+def gradients(model, frames, mask, **config):
+    """`train.gradients`: the loss, then every parameter's gradient, in fp64."""
+    loss = train.gradients(model, frames, mask, settings(**config))
+    return [loss.double(), *(p.grad.double() for p in model.parameters())]
+
+
+def assert_near(tensors, others, tolerance):
+    """Apart by no more than a part of their size, all together."""
+    apart, size = (torch.nn.utils.get_total_norm(v) for v in ([a - b for a, b in zip(tensors, others)], others))
+    assert len(tensors) == len(others) and apart <= tolerance * size, (apart, size)
+
+
+# --------------------------------------------------------------------------------------------------------- the gradients
+
+@pytest.mark.parametrize("name, variant, setup", EVERY)
+def test_gradients_of_every_model(name, variant, setup):
+    """fp32, bf16 and recomputed steps follow fp64; every parameter has a gradient, and it is fp32."""
+    model, (frames, mask, _) = small(name, variant=variant, setup=setup), next(batches(settings()))
+    exact, loss = model.double(), settings(name, setup)["loss"]
+    expected = gradients(exact, frames.double(), mask, loss=loss)
+    train.wrap_step(exact, recompute=True)
+    assert_near(gradients(exact, frames.double(), mask, loss=loss), expected, 1e-12)
+    train.wrap_step(exact)
+    for precision, tolerance in ("fp32", 1e-5), ("bf16", 0.05):
+        found = gradients(model.float(), frames, mask, loss=loss, precision=precision)
+        assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+        assert_near(found[:1], expected[:1], tolerance)
+        assert_near(found[1:], expected[1:], tolerance)
+
+
+@pytest.mark.parametrize("name, variant", [("convlstm", "full"), ("predrnn", "v2"), ("ms_lstm", "full")])
+def test_weighted_shares_add_up(name, variant):
+    """To the whole batch's loss and gradients, however unequal the shares are."""
+    model, (frames, mask, _) = small(name, variant=variant).double(), next(batches(settings(batch=5), missing=True))
+    whole = gradients(model, frames.double(), mask, batch=5)
+    shares = [gradients(model, frames[part].double(), mask[:, part], batch=5)
+              for part in (slice(0, 3), slice(3, 4), slice(4, 5))]
+    assert_near([sum(parts) for parts in zip(*shares)], whole, 1e-12)
+
+
+@pytest.mark.parametrize("kind, weight", [("l2", 0), ("l2+0.2l1", 0.2), ("l1+l2", 1)])
+def test_pixels_without_data_by_hand(kind, weight):
+    """The network reads 0 there, and they add nothing to the loss."""
+    model, (frames, mask, _) = small(), next(batches(settings(), missing=True))
+    assert 0.1 < frames.isnan().float().mean() < 0.3
+    with torch.no_grad():
+        error = (model(frames.nan_to_num(0.0), use_truth=mask) - frames[:, 1:]).double().numpy()
+    expected = sum(e**2 + weight * abs(e) for e in error.flatten() if e == e) / (2 * 3)
+    loss, *found = gradients(model, frames, mask, loss=kind)
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and all(g.isfinite().all() for g in found)
+
+
+def test_gradients_of_bf16_are_added_in_fp32():
+    """A weight that 400 steps read, a gradient of 1 + 2^-6 each: a bf16 sum would stop growing where steps are 2."""
+    conv, x = torch.nn.Conv2d(1, 1, 1, bias=False), torch.full((1, 1, 1, 1), 1 + 2**-6)
+    with train.autocast(CPU, "bf16"):
+        assert conv(x).dtype == torch.bfloat16
+        sum(conv(x).float() for _ in range(400)).backward()
+    assert conv.weight.grad.item() == 400 * (1 + 2**-6)
+
+
+def test_tf32_is_where_it_is_asked_for():
+    """One process may evaluate several runs, each in its own arithmetic."""
+    for device, precision in (CUDA, "tf32"), (CUDA, "fp32"), (CUDA, "tf32"), (CPU, "bf16"):
+        train.autocast(device, precision)
+        found = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision() == "high"
+        assert found == (precision == "tf32",) * 2
+
+
+def test_learning_rate():
+    constant, cosine = dict(lr=0.5, final_lr=None, schedule=100), dict(lr=0.5, final_lr=0.1, schedule=100)
+    assert [train.learning_rate(constant, k) for k in (0, 50, 200)] == [0.5, 0.5, 0.5]
+    expected = [0.5, 0.3 + 0.2 * math.sqrt(0.5), 0.3, 0.1, 0.1]
+    assert [train.learning_rate(cosine, k) for k in (0, 25, 50, 100, 200)] == pytest.approx(expected)
+    assert train.learning_rate(cosine | dict(lr=0.05), 50) == 0.05          # never rises
+    step = new_step(small(), reverse=False)
+    before = [p.detach().clone() for p in step.parameters]
+    step(*next(batches(step.config))[:2], 1e-4)                             # Adam's first step is lr × the gradient's sign
+    moved = torch.cat([(a - b).abs().flatten() for a, b in zip(step.parameters, before)])
+    assert moved.median().item() == pytest.approx(1e-4, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------ what a graph cannot hold, on meta
@@ -63,7 +170,7 @@ class WatchCalls(TorchFunctionMode):
 
 
 class WatchOps(TorchDispatchMode):
-    """Refuses what an op of forward, backward or optimiser would wait for: values, shapes by value, other devices."""
+    """Refuses what an operation, of the backward pass too, would wait for: values, shapes by value, other devices."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
@@ -81,59 +188,35 @@ class WatchOps(TorchDispatchMode):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """A step on the meta device. SGD: torch's Adam knows no meta, and what CUDA gets instead is asserted below."""
+    """`gradients` of a model on the meta device, which autocast does not know."""
     monkeypatch.setattr(train, "autocast", lambda device, precision: nullcontext())
-    monkeypatch.setattr(train, "make_optimizer", lambda model, config: torch.optim.SGD(
-        model.parameters(), lr=config["lr"], foreach=False))
 
-    def step(model, config):
-        with torch.device("meta"):
-            frames = torch.empty(2, 3, 1, *model.size)
-            mask = torch.empty(2, 2, dtype=torch.bool)
-        step = train.Step(model, config, torch.device("meta"))
+    def work(model):
+        frames, mask = (torch.empty(shape, device="meta") for shape in ((2, 3, 1, *model.size), (2, 2)))
         with WatchCalls(), WatchOps():
-            return step(frames, mask, 1e-3)
+            return train.gradients(model, frames, mask.bool(), settings())
 
-    return step
+    return work
 
 
 @pytest.mark.parametrize("name, variant, setup", EVERY)
-def test_nothing_in_a_step_waits(name, variant, setup, on_meta):
+def test_nothing_in_the_gradients_waits(name, variant, setup, on_meta):
     with torch.device("meta"):
-        model = train.model_file(name).MODEL(size=16, patch=4, layers=2, setup=setup, variant=variant)
-    for model.recompute in (False, True) if variant == "full" else (False,):
-        assert on_meta(model, settings(name, setup, reverse=False)).device.type == "meta"
+        model = small(name, setup=setup, variant=variant)
+    for recompute in False, True:
+        train.wrap_step(model, recompute)
+        assert on_meta(model).device.type == "meta"
 
 
-HOST_SCALAR, HOST_INDEX = torch.tensor(2.0), torch.tensor([0, 1])
-
-
+SCALAR, INDEX = torch.tensor(2.0), torch.tensor([0, 1])
 SEEN_IN_PYTHON = [
     lambda x: x * x.mean().tolist(), lambda x: x * torch.tensor(2.0, device=x.device), lambda x: x.cpu().to(x.device),
     lambda x: x + x[[0, 1]], lambda x: x + x[:, np.array([0])], lambda x: x + torch.as_tensor([1.0], device=x.device)]
-SEEN_IN_OPS = [
-    lambda x: x if x.mean() > 0 else -x, lambda x: x * x.mean().item(), lambda x: x * float(x.mean()),
-    lambda x: x * int(x.flatten()[0]), lambda x: x * HOST_SCALAR, lambda x: x + x[HOST_INDEX],
+SEEN_IN_OPERATIONS = [
+    lambda x: x if x.mean() > 0 else -x, lambda x: x * x.mean().item(), lambda x: x * SCALAR, lambda x: x + x[INDEX],
     lambda x: x.to("cpu").to(x.device), lambda x: x + torch.ones(1).to(x.device, non_blocking=True),
-    lambda x: x + torch.from_numpy(np.ones(1, np.float32)).to(x.device),
     lambda x: x + x[x > 0].sum(), lambda x: x.index_put((x > 0,), x.sum()), lambda x: x + x.masked_select(x > 0).sum(),
-    lambda x: x + (x > 0).nonzero().sum(), lambda x: x + torch.where(x > 0)[0].sum(), lambda x: x + x.unique().sum(),
-    lambda x: x + torch.repeat_interleave(x.long().flatten()).sum(), lambda x: x if torch.equal(x, x) else -x,
-    lambda x: x if x.isfinite().all() else -x]
-
-
-@pytest.mark.parametrize("where, fault", [("forward", fault) for fault in SEEN_IN_PYTHON + SEEN_IN_OPS] + [
-    ("backward", fault) for fault in SEEN_IN_OPS])
-def test_what_would_wait_is_found(where, fault, on_meta):
-    with torch.device("meta"):
-        model = train.model_file("convlstm").MODEL(size=16, hidden=2, layers=1, kernel=3)
-    embed = model.embed.forward
-    if where == "forward":
-        model.embed.forward = lambda x: embed(fault(x))
-    else:
-        model.embed.forward = lambda x: Backwards.apply(embed(x), fault)
-    with pytest.raises(Refused):
-        on_meta(model, settings())
+    lambda x: x + (x > 0).nonzero().sum(), lambda x: x + x.unique().sum(), lambda x: x if torch.equal(x, x) else -x]
 
 
 class Backwards(torch.autograd.Function):
@@ -149,89 +232,86 @@ class Backwards(torch.autograd.Function):
         return ctx.work(grad), None
 
 
-@pytest.mark.parametrize("kind", ["adam", "adamw"])
-def test_adam_on_a_device_is_fused_and_has_its_rate_there(kind, monkeypatch):
-    given = {}
-    monkeypatch.setattr(torch.optim, dict(adam="Adam", adamw="AdamW")[kind], lambda _, **options: given.update(options))
-    train.make_optimizer(torch.nn.Linear(1, 1, device="meta"), settings(optimizer=kind, weight_decay=0.5))
-    assert given.pop("lr").device.type == "meta" and given == dict(weight_decay=0.5, fused=True, capturable=True)
-    given.clear()
-    train.make_optimizer(torch.nn.Linear(1, 1), settings(optimizer=kind))
-    assert given == dict(lr=1e-3, weight_decay=0.0)
-
-
-def test_tf32_is_where_it_is_asked_for():
-    """Several runs may be drawn by one process, each in its own arithmetic."""
-    for precision in ("tf32", "fp32", "tf32", "bf16"):
-        with train.autocast(CPU, precision):
-            found = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision() == "high"
-        assert found == (precision == "tf32",) * 2
+@pytest.mark.parametrize("where, fault", [("forward", fault) for fault in SEEN_IN_PYTHON + SEEN_IN_OPERATIONS] + [
+    ("backward", fault) for fault in SEEN_IN_OPERATIONS])
+def test_what_would_wait_is_refused(where, fault, on_meta):
+    with torch.device("meta"):
+        model = small()
+    embed = model.embed.forward
+    if where == "forward":
+        model.embed.forward = lambda x: embed(fault(x))
+    else:
+        model.embed.forward = lambda x: Backwards.apply(embed(x), fault)
+    with pytest.raises(Refused):
+        on_meta(model)
 
 
 # ------------------------------------------------------------------------------------- a graph, stood in for on the CPU
 
-def held(step):
-    """Where a graph of this step would read and write."""
-    states = [v for of_one in step.optimizer.state.values() for v in of_one.values()]
-    own = step.frames, step.mask, step.optimizer.param_groups[0]["lr"], *step.model.parameters()
-    return [v.data_ptr() for v in (*own, *states)]
+class Graph(TorchDispatchMode):
+    """Stands in for torch.cuda.CUDAGraph, and for torch.cuda.graph, which records into it.
 
+    Keeps every operation with the tensors that it read and wrote, to do the same in the same memory again. As recording
+    computes nothing, what was written meanwhile is replaced by NaN.
+    """
 
-class Again:
-    """Stands in for train.Graph: replays by calling again, and sees that everything lies where it was recorded."""
+    recording = False
 
-    replays = 0
+    def __init__(self):
+        super().__init__()
+        self.operations, self.replays = [], 0
 
-    def __init__(self, work):
-        self.work, self.step = work, work.__self__
+    def __enter__(self):
+        Graph.recording = True
+        return super().__enter__()
 
-    def run(self, **options):
-        return self.work(**options)
+    def __exit__(self, *error):
+        Graph.recording = False
+        super().__exit__(*error)
+        for _, args, kwargs, written in self.operations:
+            outside = {v.untyped_storage().data_ptr() for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)}
+            for v in tree_leaves(written):
+                if isinstance(v, torch.Tensor) and v.is_floating_point() and v.untyped_storage().data_ptr() not in outside:
+                    v.fill_(torch.nan)
 
-    def record(self):
-        self.held = held(self.step)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        written = func(*args, **kwargs or {})
+        self.operations.append((func, args, kwargs or {}, written))
+        return written
 
+    @torch.no_grad()
     def replay(self):
-        assert held(self.step) == self.held
-        Again.replays += 1
-        return self.work().clone()
+        self.replays += 1
+        for func, args, kwargs, written in self.operations:
+            for old, new in zip(tree_leaves(written), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
 
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """Steps on the CPU do what they do on CUDA; the optimiser too, but for `capturable`, which the CPU has not."""
-    monkeypatch.setattr(train, "Graph", Again)
-    monkeypatch.setattr(Again, "replays", 0)
+    """A maker of steps that do on the CPU what they do on CUDA, in fp32."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = dict(CUDAGraph=Graph, graph=lambda graph, stream: graph, Stream=lambda: stream,
+                     current_stream=lambda: stream, stream=lambda stream: nullcontext())
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(train, "autocast", lambda device, precision: nullcontext())
 
-    def make_optimizer(model, config):
-        lr, weight_decay = torch.tensor(config["lr"]), config["weight_decay"]
-        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    def make(model=None, **options):
+        model = model or small()
+        model.to = lambda device: model
+        return new_step(model, CUDA, **options)
 
-    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
-
-
-def small(name="convlstm", **options):
-    torch.manual_seed(0)
-    return train.model_file(name).MODEL(**dict(size=8, hidden=4, layers=2, kernel=3, patch=2, setup="patch4") | options)
-
-
-def batches(config, device=CPU, size=8, missing=False):
-    """Endless (frames, mask, lr), no two alike."""
-    for iteration in itertools.count():
-        generator = torch.Generator().manual_seed(iteration)
-        frames = torch.rand(config["batch"], 4, 1, size, size, generator=generator)
-        if missing:
-            frames[torch.rand(frames.shape, generator=generator) < 0.2] = torch.nan
-        mask = torch.rand(3, config["batch"], generator=generator) < 0.5
-        yield frames.to(device), mask.to(device), 1e-2 / (1 + iteration)
+    yield make
+    assert gc.isenabled() and not Graph.recording
 
 
 def trained(step, calls, start=0, **options):
-    """Its losses over some calls, and everything it ended with."""
+    """Its losses over some calls, and the weights and moments that it ends with."""
     losses = [step(*batch).item() for batch in itertools.islice(batches(step.config, **options), start, start + calls)]
-    state = step.optimizer.state_dict()["state"]
-    states = [v for of_one in state.values() for v in of_one.values()]
-    return losses, [p.detach() for p in step.model.parameters()], states
+    moments = [v for of_one in step.optimizer.state_dict()["state"].values() for v in of_one.values()]
+    return losses, [p.detach() for p in step.model.parameters()], moments
 
 
 def assert_same(a, b):
@@ -239,480 +319,116 @@ def assert_same(a, b):
     assert all(torch.equal(x, y) for part in (1, 2) for x, y in zip(a[part], b[part], strict=True))
 
 
-@pytest.mark.parametrize("reverse, missing", [(False, False), (True, False), (True, True)])
-def test_a_graph_is_the_plain_step(reverse, missing, as_on_cuda, capsys):
-    config = settings(reverse=reverse)
-    step, plain = train.Step(small(), config, CUDA), train.Step(small(), config | dict(graph=False), CUDA)
-    assert_same(trained(step, 7, missing=missing), trained(plain, 7, missing=missing))
-    assert Again.replays == 5 and step.graph and not plain.graph      # of the third call, its proof, and of four more
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("reverse, missing, recompute", [
+    (False, False, False), (True, False, True), (True, True, False)])
+def test_a_graph_is_the_plain_step(reverse, missing, recompute, as_on_cuda, capsys):
+    step = as_on_cuda(reverse=reverse, recompute=recompute)
+    assert_same(trained(step, 7, missing=missing), trained(new_step(small(), reverse=reverse), 7, missing=missing))
+    assert step.graph.replays == (14 if reverse else 7) - 2 and capsys.readouterr().out == ""
 
 
-def test_a_step_leaves_its_batch_alone(as_on_cuda):
-    step, given = train.Step(small(), settings(), CUDA), list(itertools.islice(batches(settings()), 5))
+def test_a_step_leaves_its_batch_and_earlier_losses_alone(as_on_cuda):
+    step, given = as_on_cuda(), list(itertools.islice(batches(settings()), 5))
     kept = [(frames.clone(), mask.clone()) for frames, mask, _ in given]
     losses = [step(*batch) for batch in given]
     assert all(torch.equal(a, b) for one, other in zip(given, kept) for a, b in zip(one, other))
-    assert len({loss.item() for loss in losses}) == 5                 # nor does a replay overwrite the loss before
-
-
-def test_who_gets_a_graph(as_on_cuda, monkeypatch, capsys):
-    for device, config, expected in ((CUDA, {}, True), (CPU, {}, False), (CUDA, dict(graph=False), False),
-                                     (CUDA, dict(graph=True), True), (CPU, dict(graph=True), False)):
-        step = train.Step(small(), settings(**config), device)
-        trained(step, 3)
-        assert bool(step.graph) == expected and capsys.readouterr().out == ""
-    monkeypatch.setattr(train.processes, "count", 2)
-    monkeypatch.setattr(train, "DistributedDataParallel", lambda model, **options: model)
-    for device, lines in ((CUDA, 1), (CPU, 0)):
-        step = train.Step(small(), settings(), device)
-        trained(step, 3)
-        out = capsys.readouterr().out
-        assert not step.graph and out.count("\n") == lines == out.count("no CUDA graph")
-
-
-def failing(error):
-    class Fails(Again):
-        def record(self):
-            for p in self.step.model.parameters():
-                p.grad = None                                         # as a recording leaves them
-            raise error
-    return Fails
-
-
-def wrong(work):
-    class Wrong(Again):
-        def replay(self):
-            return work(self)
-    return Wrong
-
-
-def stale(graph):
-    graph.step.frames = graph.step.frames.flip(0)
-    graph.step.mask = ~graph.step.mask
-    return graph.work()
-
-
-def half_trained(graph):
-    before = [p.clone() for p in graph.step.model.cells[0].parameters()]
-    loss = graph.work()
-    torch._foreach_copy_([p.data for p in graph.step.model.cells[0].parameters()], before)
-    return loss
-
-
-def other_rate(graph):
-    graph.step.optimizer.param_groups[0]["lr"].fill_(2e-2)
-    return graph.work()
-
-
-def one_bias(graph):
-    """One gradient, of a weight so small that no norm over all weights moves."""
-    loss = graph.work()
-    graph.step.optimizer.state[graph.step.model.output.bias]["exp_avg"].neg_()
-    return loss
-
-
-def no_number(graph):
-    loss = graph.work()
-    next(graph.step.model.parameters()).data.fill_(torch.nan)
-    return loss
-
-
-@pytest.mark.parametrize("graph, says", [
-    (failing(RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be …")),
-     "not permitted"),
-    (failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")), "out of memory"),
-    (wrong(lambda graph: graph.work() * 1.01), "first replay"), (wrong(stale), "first replay"),
-    (wrong(half_trained), "first replay"), (wrong(other_rate), "first replay"), (wrong(no_number), "first replay"),
-    (wrong(one_bias), "weights and moments 1 differ"),
-    (wrong(lambda graph: torch.tensor(torch.nan)), "first replay"),
-    (wrong(lambda graph: train.frame_loss(*torch.zeros(2, 1, 1, 1, 1, 1), "l2")), "first replay"),
-])
-def test_without_a_graph_that_can_be_trusted_training_goes_on(graph, says, as_on_cuda, monkeypatch, capsys):
-    """As if there had been none, and one line says so."""
-    monkeypatch.setattr(train, "Graph", graph)
-    step = train.Step(small(), settings(), CUDA)
-    assert_same(trained(step, 6), trained(train.Step(small(), settings(graph=False), CUDA), 6))
-    out = capsys.readouterr().out
-    assert not step.graph and out.count("\n") == 1 and out.startswith("no CUDA graph: ") and says in out
+    assert len({loss.item() for loss in losses}) == 5
 
 
 @pytest.mark.parametrize("save_at", [1, 3, 6])
-def test_a_state_moves_between_graph_and_no_graph(save_at, as_on_cuda):
-    whole = trained(train.Step(small(), settings(graph=False), CUDA), 9)
-    for first, then in ((True, False), (False, True), (True, True)):
-        step = train.Step(small(), settings(graph=first), CUDA)
+def test_a_checkpoint_moves_between_graph_and_no_graph(save_at, as_on_cuda):
+    whole = trained(new_step(small()), 9)
+    for first, then in itertools.product((as_on_cuda, new_step), repeat=2):
+        step = first(small())
         losses, *_ = trained(step, save_at)
         model = small()
         model.load_state_dict(step.model.state_dict())
-        later = train.Step(model, settings(graph=then), CUDA)
-        later.load(step.optimizer.state_dict())
+        later = then(model, checkpoint=dict(optimizer=step.optimizer.state_dict()["state"]))
         more, *state = trained(later, 9 - save_at, start=save_at)
         assert_same((losses + more, *state), whole)
 
 
-def test_a_state_loaded_again_is_recorded_again(as_on_cuda):
-    step = train.Step(small(), settings(), CUDA)
-    trained(step, 5)
-    step.load(step.optimizer.state_dict())
-    assert not step.graph
-    trained(step, 2, start=5)                                         # `held` would see the old state's places
-    assert step.graph
+@pytest.mark.parametrize("error", [None, RuntimeError("operation not permitted when stream is capturing\nand more")])
+def test_the_collector_destroys_nothing_while_a_graph_is_recorded(error, as_on_cuda, monkeypatch, capsys):
+    """Neither what was garbage before, which is collected first, nor what becomes garbage meanwhile."""
+    destroyed = []
 
-
-def test_a_checkpoint_brings_no_settings_of_its_device(monkeypatch, tmp_path):
-    """What CUDA saves goes on on the CPU, with its moments and counts, and the other way round."""
-    fused = functools.partial(torch.optim.Adam, fused=True)
-    of_cuda = train.Step(small(), settings(), CPU)
-    of_cuda.optimizer = fused(of_cuda.model.parameters(), lr=torch.tensor(5e-4))
-    of_cpu = train.Step(small(), settings(), CPU)
-    trained(of_cuda, 3)
-    torch.save(of_cuda.optimizer.state_dict(), tmp_path / "state.pt")
-    own = {k: v for k, v in of_cpu.optimizer.param_groups[0].items() if k != "params"}
-    of_cpu.load(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert {k: v for k, v in of_cpu.optimizer.param_groups[0].items() if k != "params"} == own and own["lr"] == 1e-3
-    of_cpu.model.load_state_dict(of_cuda.model.state_dict())
-    for a, b in zip(trained(of_cpu, 3, start=3)[1:], trained(of_cuda, 3, start=3)[1:]):
-        for x, y in zip(a, b):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
-    assert all(state["step"] == 12 for state in of_cpu.optimizer.state.values())
-    of_cuda.load(copy.deepcopy(of_cpu.optimizer.state_dict()))      # a file's tensors are nobody else's
-    group, = of_cuda.optimizer.param_groups
-    assert group["fused"] and group["lr"].item() == pytest.approx(1e-2 / 6)    # its own, of its last call
-    of_cuda.model.load_state_dict(of_cpu.model.state_dict())
-    for a, b in zip(trained(of_cpu, 2, start=6)[1:], trained(of_cuda, 2, start=6)[1:]):
-        for x, y in zip(a, b):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["l2", "l1+l2"])
-def test_pixels_without_data_by_hand(kind):
-    """The network reads 0 there, and they add nothing to the loss."""
-    config = settings(loss=kind, reverse=False)
-    frames, mask, _ = next(batches(config, missing=True))
-    assert 0.1 < frames.isnan().float().mean() < 0.3
-    model = small()
-    with torch.no_grad():
-        error = (model(frames.nan_to_num(0.0), use_truth=mask) - frames[:, 1:]).double().numpy()
-    total = sum(e**2 + abs(e) * (kind == "l1+l2") for e in error.flatten() if e == e)
-    expected = total / (error.shape[0] * error.shape[1])
-    assert trained(train.Step(model, config, CPU), 1, missing=True)[0][0] == pytest.approx(expected, rel=1e-5)
-    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.grad.numel() > 1)
-
-
-TINY = ["convlstm", *SMALL, *"--iterations 12 --eval-every 5 --save-every 4 --eval-sequences 3".split()]    # on the CPU
-
-
-def run(*arguments, status=0):
-    assert conftest.run(*arguments) == status
-
-
-def outcome(folder):
-    last = torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-    log = [row.split(",")[:4] for row in (folder / "log.csv").read_text().splitlines()[1:]]
-    scores = json.loads((folder / "results.json").read_text())["forecast"]
-    states = [v for of_one in last["optimizer"]["state"].values() for v in of_one.values()]
-    return [last["iteration"], log, scores], list(last["model"].values()), states
-
-
-def interrupted_at(iteration):
-    """A Step that asks the loop to stop in the middle of an iteration, as Ctrl-C does."""
-    class Interrupted(STEP):
-        calls = 0
-
-        def __call__(self, *arguments):
-            Interrupted.calls += 1
-            if Interrupted.calls == iteration:
-                os.kill(os.getpid(), 15)
-            return super().__call__(*arguments)
-
-    return Interrupted
-
-
-def test_runs_with_a_graph_and_without_are_the_same_run(as_on_cuda, monkeypatch, tmp_path, capsys):
-    """Interrupted ones too, whichever way they go on: checkpoints, log and results are bit for bit the same."""
-    monkeypatch.chdir(tmp_path)
-    plain, folder = STEP, tmp_path / "runs"
-    with_graph = lambda kind: lambda model, config, device: kind(model, config, CUDA)
-    run(*TINY, "--name", "plain")
-    monkeypatch.setattr(train, "Step", with_graph(plain))
-    run(*TINY, "--name", "graph")
-    assert Again.replays == 12 - 2
-    assert_same(outcome(folder / "graph"), outcome(folder / "plain"))
-    for first, then, name in ((with_graph, lambda kind: kind, "away"), (lambda kind: kind, with_graph, "back")):
-        monkeypatch.setattr(train, "Step", first(interrupted_at(7)))
-        run(*TINY, "--name", name, status=143)
-        monkeypatch.setattr(train, "Step", then(plain))
-        run("--resume", folder / name)
-        assert_same(outcome(folder / name), outcome(folder / "plain"))
-    assert "no CUDA graph" not in capsys.readouterr().out
-
-
-# -------------------------------------------------------------------------------- weights handed on, and compiled steps
-
-def gradients(model, config, handed_on):
-    """Of a roll-out over five steps: its predictions' sum of squares, and every parameter's gradient, None for none."""
-    torch.manual_seed(1)
-    frames = torch.rand(2, 6, 1, *model.size, dtype=next(model.parameters()).dtype)
-    mask = torch.rand(5, 2) < 0.5
-    model.zero_grad()
-    handing = train.weights_handed_on(model, config) if handed_on else nullcontext()
-    with train.autocast(CPU, config["precision"]), handing:
-        predictions, found = model(frames, use_truth=mask, extras="loss")
-    assert "step" not in vars(model)
-    loss = predictions.to(frames.dtype).square().sum() + found.get("loss", 0)
-    loss.backward()
-    return loss.item(), [p.grad for p in model.parameters()]
-
-
-@pytest.mark.parametrize("name, variant, setup", EVERY)
-def test_weights_handed_on_have_the_same_gradients(name, variant, setup):
-    model = small(name, size=16, setup=setup, variant=variant).double()
-    expected = gradients(model, settings(), False)
-    for model.recompute in (False, True) if variant == "full" else (False,):
-        loss, found = gradients(model, settings(), True)
-        assert loss == expected[0]
-        for a, b in zip(found, expected[1], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_a_model_without_steps_trains_as_it_is():
-    model = torch.nn.Conv2d(1, 1, 1)
-    for compile in (False, True):
-        with train.weights_handed_on(model, settings(compile=compile)):
-            assert model(torch.ones(1, 1, 1, 1)).grad_fn is not None and "step" not in vars(model)
-
-
-def test_gradients_of_bf16_are_added_in_fp32():
-    """A weight that 400 steps read, a gradient of 1 + 2^-6 each: a bf16 sum would stop growing where steps are 2."""
-    class Steps(torch.nn.Module):
+    class Older:                                                            # a graph that only the collector frees
         def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(1, 1, 1, bias=False)
-            self.scale = torch.nn.Parameter(torch.ones(()))           # of no convolution: stays as it is
-            self.unused = torch.nn.Parameter(torch.ones(()))
+            self.own = self
 
-        def step(self, x):
-            assert self.conv.weight.dtype == torch.bfloat16 and self.scale.dtype == torch.float32
-            return self.conv(x).float() * self.scale
+        def __del__(self):
+            destroyed.append(Graph.recording)
 
-        def forward(self, x):
-            return sum(self.step(x) for _ in range(400))
+    def recording(graph, stream):
+        assert destroyed == [False]
+        Older()
+        with graph:
+            cycles = [[] for _ in range(10_000)]                            # enough for the collector, were it on
+            yield cycles
+            if error:
+                raise error
 
-    model, x = Steps(), torch.full((1, 1, 1, 1), 1 + 2**-6)
-    with train.autocast(CPU, "bf16"), train.weights_handed_on(model, settings(precision="bf16")):
-        model(x).backward()
-    assert model.conv.weight.grad.item() == 400 * (1 + 2**-6) and model.conv.weight.grad.dtype == torch.float32
-    assert model.scale.grad.item() == pytest.approx(400 * (model.conv.weight.bfloat16() * x.bfloat16()).item())
-    assert model.unused.grad is None
+    monkeypatch.setattr(torch.cuda, "graph", train.contextlib.contextmanager(recording))
+    Older()
+    step = as_on_cuda()
+    assert_same(trained(step, 4), trained(new_step(small()), 4))
+    gc.collect()
+    assert destroyed == [False, False] and bool(step.graph) == (error is None)
+    says = "the step is not recorded: operation not permitted when stream is capturing; the run continues without\n"
+    assert capsys.readouterr().out == (says if error else "")
 
+
+def test_a_step_takes_its_graph_along(as_on_cuda):
+    """No cycle refers to them: neither waits for the collector."""
+    step = as_on_cuda(recompute=True)
+    trained(step, 3)
+    gone = weakref.ref(step), weakref.ref(step.graph)
+    gc.collect()
+    gc.disable()
+    try:
+        del step
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+# -------------------------------------------------------------------------------------------------------- compiled steps
 
 @pytest.fixture
 def compiles(monkeypatch):
-    """torch.compile without its code generator, which needs a C++ compiler: what it traces runs op by op."""
+    """torch.compile without its code generator, which needs a C++ compiler: what it traces runs operation by operation."""
     torch._dynamo.reset()
-    traced = []
+    compile, traced = torch.compile, []
 
     def backend(graph, inputs):
         traced.append(graph)
-        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+        return graph
 
-    monkeypatch.setattr(train, "compiled", functools.cache(
-        lambda step: torch.compile(step, dynamic=False, backend=backend)))
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: compile(function, dynamic=dynamic, backend=backend))
     yield traced
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name, setup", [
-    pytest.param(name, setup, marks=[] if (name, setup) == ("convlstm", "patch4") else pytest.mark.slow)
-    for name in train.MODELS for setup in ("patch4", "fullres")])
+@pytest.mark.parametrize("name, setup", FULL)
 def test_a_compiled_step_is_the_plain_step(name, setup, compiles):
     """Traced whole, twice: the first time step is a program of its own, for nothing before it wants a gradient."""
-    model = small(name, size=16, setup=setup).double()
-    expected = gradients(model, settings(), False)
-    for model.recompute in (False, True):
-        loss, found = gradients(model, settings(compile=True), True)
-        assert loss == pytest.approx(expected[0], rel=1e-12)
-        for a, b in zip(found, expected[1], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-        assert len(compiles) == 2
-    other = small(name, size=16, setup=setup).double()                # of the same shape: nothing to compile
-    gradients(other, settings(compile=True), True)
+    model, (frames, mask, _) = small(name, setup=setup).double(), next(batches(settings()))
+    expected = gradients(model, frames.double(), mask)
+    for recompute in False, True:
+        train.wrap_step(model, recompute, compiled=True)
+        assert_near(gradients(model, frames.double(), mask), expected, 1e-12)
     assert len(compiles) == 2
 
 
-def test_a_graph_of_a_compiled_step(compiles, as_on_cuda, capsys):
-    """The step that the graph is held against is not compiled."""
-    config, compiled = settings(compile=True), []
-    step, plain = train.Step(small(), config, CUDA), train.Step(small(), settings(graph=False), CUDA)
-    take = train.train_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", lambda *a: compiled.append(bool(a[-1].get("compile"))) or take(*a))
-        found = trained(step, 4)
-    assert compiled == [True] * 4 + [False] * 2 + [True] * 4 and step.graph     # forwards and backwards each
-    for a, b in zip(found, trained(plain, 4)):
-        for x, y in zip(a, b, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
-    assert capsys.readouterr().out.count("\n") == 1
-
-
-def test_what_cannot_be_compiled_says_so_and_goes_on_without(monkeypatch, tmp_path, capsys):
-    def backend(graph, inputs):
-        raise RuntimeError("no working C++ compiler\n and more")
-
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs"
-    run(*TINY, "--name", "plain")
-    torch._dynamo.reset()
-    monkeypatch.setattr(train, "compiled", lambda step: torch.compile(step, backend=backend))
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "compile_of", lambda args, device: True)
-        run(*TINY, "--name", "compiled", status=1)
-    error, = capsys.readouterr().err.splitlines()
-    assert error.startswith("train.py: --compile: ") and "no working C++ compiler" in error
-    assert error.endswith("go on without it: --resume runs/compiled")
-    run("--resume", folder / "compiled")
-    assert_same(outcome(folder / "compiled"), outcome(folder / "plain"))
-
-
-def test_a_run_of_compiled_steps(compiles, monkeypatch, tmp_path, capsys):
-    """The run that it is without; the option is for CUDA, and is given anew where a run goes on."""
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs"
-    run(*TINY, "--name", "plain")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "Step", lambda model, config, device: STEP(model, config | dict(compile=True), device))
-        run(*TINY, "--name", "compiled")
-    assert len(compiles) == 2
-    a, b = outcome(folder / "plain"), outcome(folder / "compiled")
-    for x, y in zip(a[1] + a[2], b[1] + b[2], strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
-    run(*TINY, "--compile", status=2)
-    before = outcome(folder / "plain")
-    run("--resume", folder / "plain", "--iterations", 14, "--compile", status=2)
-    assert capsys.readouterr().err.count("--compile spares CUDA launches") == 2 == len(compiles)
-    assert_same(outcome(folder / "plain"), before)
-
-
-# ----------------------------------------------------------------------------------------------------------- with a GPU
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-def on_cuda(name, graph, precision="fp32", recompute=False, calls=6, compile=False, **options):
-    """A run of a few steps on CUDA, and the Step that took them."""
-    config = settings(name, options.get("setup", "patch4"), precision=precision, compile=compile, graph=graph)
-    train.precision_of(precision, CUDA)
-    model = small(name, **options).to(CUDA)
-    model.recompute = recompute
-    step = train.Step(model, config, CUDA)
-    return trained(step, calls, device=CUDA), step
-
-
-def assert_close(a, b, start):
-    """To rounding: losses to 1 %, and weights apart by no more than a tenth of the way from where both started."""
-    np.testing.assert_allclose(a[0], b[0], rtol=1e-2)
-    apart, way = (torch.stack([(x - y.to(x.device)).norm() for x, y in zip(a[1], other)]).norm()
-                  for other in (b[1], start))
-    assert apart <= 0.1 * way, (apart, way)
-
-
-def losses_and_weights(found):
-    """Of an outcome."""
-    return [float(row[1]) for row in found[0][1]], found[1]
-
-
-def initial(folder):
-    """The weights that a run started with."""
-    return list(train.build(json.loads((folder / "config.json").read_text())).parameters())
-
-
-@needs_cuda
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-@pytest.mark.parametrize("name, variant, setup", EVERY)
-def test_cuda_a_graph_is_the_eager_step(name, variant, setup, precision, capsys):
-    if not train.computes_in(CUDA, precision):
-        pytest.skip(f"this device has no {precision} arithmetic")
-    start = [p.detach() for p in small(name, variant=variant, setup=setup).parameters()]
-    for recompute in (False, True) if precision == "bf16" else (False,):
-        graph, step = on_cuda(name, True, precision, recompute, variant=variant, setup=setup)
-        eager, plain = on_cuda(name, False, precision, recompute, variant=variant, setup=setup)
-        assert step.graph and not plain.graph and capsys.readouterr().out == ""
-        assert_close(graph, eager, start)
-
-
-@needs_cuda
-@pytest.mark.parametrize("name", train.MODELS)
-def test_cuda_a_graph_of_a_compiled_step_is_the_eager_step(name, capsys):
-    start = [p.detach() for p in small(name).parameters()]
-    for precision in ("fp32", "bf16") if train.computes_in(CUDA, "bf16") else ("fp32",):
-        graph, step = on_cuda(name, True, precision, compile=True)
-        eager, _ = on_cuda(name, False, precision)
-        assert step.graph and step.config["compile"]
-        assert_close(graph, eager, start)
-    assert "not compiled" not in capsys.readouterr().out
-
-
-@needs_cuda
-def test_cuda_follows_the_cpu():
-    start = [p.detach() for p in small().parameters()]
-    assert_close(trained(train.Step(small(), settings(), CPU), 6), on_cuda("convlstm", True)[0], start)
-
-
-@needs_cuda
-def test_cuda_nothing_waits(capsys):
-    """Neither drawing a batch nor a step, eagerly and by a graph; the third call, which records, may."""
-    clips = train.data.open_data("moving_digits", frames_in=2, horizon=2)
-    model = small(size=64, patch=4).to(CUDA)
-    for graph in (False, True):
-        step = train.Step(model, settings(graph=graph), CUDA)
-        for iteration in range(6):
-            torch.cuda.set_sync_debug_mode("default" if iteration in (0, 2) else "error")
-            try:
-                frames = clips.train(0, iteration, 2, device=CUDA)
-                mask, _ = train.sampling_mask(model, step.config, iteration, CUDA)
-                step(frames, mask, 1e-3)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        assert bool(step.graph) == graph
-
-
-@needs_cuda
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cuda_runs_go_on_with_a_graph_without_one_and_on_the_cpu(precision, monkeypatch, tmp_path, capsys):
-    if not train.computes_in(CUDA, precision):
-        pytest.skip(f"this device has no {precision} arithmetic")
-    monkeypatch.chdir(tmp_path)
-    arguments, folder = [*TINY, "--device", "cuda", "--precision", precision], tmp_path / "runs"
-    run(*arguments, "--name", "whole")
-    whole, start = outcome(folder / "whole"), initial(folder / "whole")
-    assert all(np.isfinite(whole[0][2][score]["mean"]) for score in ("mse", "mae", "psnr", "ssim"))
-    plain, on_cpu = STEP, ("--device", "cpu")
-    with_graph = lambda kind, graph: lambda model, config, device: kind(model, config | dict(graph=graph), device)
-    for first, then, moves in ((True, False, ()), (False, True, ()), (True, True, ()), (True, True, on_cpu)):
-        name = f"{first}-{then}-{len(moves)}"
-        monkeypatch.setattr(train, "Step", with_graph(interrupted_at(7), first))
-        run(*arguments, "--name", name, status=143)
-        monkeypatch.setattr(train, "Step", with_graph(plain, then))
-        run("--resume", folder / name, *moves)
-        resumed = outcome(folder / name)
-        assert resumed[0][0] == 12 and all(state == 24 for state in resumed[2] if state.ndim == 0)
-        assert_close(losses_and_weights(resumed), losses_and_weights(whole), start)
-    run("--resume", folder / "True-True-2", "--iterations", 14, "--device", "cuda")      # and from the CPU to CUDA
-    assert not re.search("no CUDA graph", capsys.readouterr().out)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_cuda_two_processes(tmp_path):
-    """Over NCCL: the run that one process makes, eagerly, and a line that says so."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    arguments = [str(ROOT / "train.py"), *TINY, "--device", "cuda", "--precision", "fp32", "--name"]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    subprocess.run([sys.executable, *arguments, "one"], cwd=tmp_path, check=True)
-    command = [sys.executable, *launcher, *arguments, "two"]
-    two = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert two.stdout.count("no CUDA graph") == 1
-    one, two = (outcome(tmp_path / "runs" / name) for name in ("one", "two"))
-    assert_close(losses_and_weights(one), losses_and_weights(two), initial(tmp_path / "runs/one"))
+def test_who_gets_a_compiled_step(as_on_cuda):
+    least = train.COMPILE_FROM
+    for options, expected in [(dict(iterations=least), True), (dict(iterations=least - 1), False),
+                              (dict(iterations=least, eager=True), False), (dict(iterations=least, iteration=1), False),
+                              (dict(iterations=least + 1, iteration=1), True)]:
+        assert as_on_cuda(**options).to_compile == expected
+    step = new_step(small(), iterations=least)
+    assert not step.to_compile and not step.on_cuda
+    step = as_on_cuda(eager=True)
+    trained(step, 3)
+    assert step.graph is None and not step.on_cuda
