@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,8 @@ SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 SMALL = ("--data moving_digits --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 "
          "--horizon 3").split()                                   # of a run that takes a moment
+FILM = ("--data film.npy --device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --frames-in 3 --horizon 2 "
+        "--eval-sequences 3").split()                             # of one that takes a tenth of a second
 torch.set_num_threads(1)                                          # tensors so small are a seventh slower on two
 FORKS = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo"])          # three seconds of the start of any other process
@@ -55,9 +58,17 @@ def _digits_are_drawn_once():
 def empty_folder(tmp_path, monkeypatch):
     """The test starts in an empty folder; what train.py takes of the signals, it gives back."""
     monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     assert handlers == {s: signal.getsignal(s) for s in handlers}
+
+
+@pytest.fixture
+def film(empty_folder):
+    """Frames of one's own, float32 (200, 16, 16) in [0, 1], also as film.npy in the folder, for the options FILM."""
+    frames = np.random.default_rng(0).random((200, 16, 16), dtype=np.float32)
+    np.save("film.npy", frames)
+    return frames
 
 
 @pytest.fixture
