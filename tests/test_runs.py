@@ -1,357 +1,287 @@
-"""Runs when things go wrong: damaged files, full disks, two processes at once, nobody who listens; and runs in code of
-one's own."""
+"""Runs when things go wrong: killed, interrupted, damaged, a full disk, data that changed, nobody who listens."""
 
 import errno
+import itertools
 import json
-import math
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
+import zipfile
 from pathlib import Path
 
-import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, run
+from conftest import FILM, run, start
 from conftest import command_refused as refused
 
-import convlstm
 import data
 import train
 
-pytestmark = pytest.mark.usefixtures("empty_folder")
-TINY = ["convlstm", *SMALL, *"--iterations 4 --eval-every 2 --save-every 1 --eval-sequences 3".split()]
+pytestmark = pytest.mark.usefixtures("film")
+TINY = ["convlstm", *FILM, *"--iterations 13 --eval-every 8 --save-every 3 --name".split()]
 
 
-def start(*arguments, before=(), **options):
-    return subprocess.Popen([*before, sys.executable, str(ROOT / "train.py"), *map(str, arguments)], text=True,
-                            env=os.environ | dict(OMP_NUM_THREADS="1"), **options)
+def assert_same(a, b):
+    """What must not depend on interruptions: weights, optimiser, the log less its seconds, the results."""
+    ends = [train.open_run(Path("runs", name)) for name in (a, b)]
+    logs = [[row[:4] for row in train.read_log(run.folder / "log.csv")] for run in ends]
+    results = [(run.folder / "results.json").read_text() for run in ends]
+    assert ends[0].iteration == ends[1].iteration and logs[0] == logs[1] and len(logs[0]) and results[0] == results[1]
+    for x, y in zip(*(run.model.state_dict().values() for run in ends)):
+        assert torch.equal(x, y)
+    for x, y in zip(*(run.checkpoint["optimizer"].values() for run in ends)):
+        assert all(torch.equal(x[name], y[name]) for name in x)
 
 
-@pytest.fixture(scope="module")
-def trained_once(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("once")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert run(*TINY, "--name", "a") == 0
-    return folder / "runs/a"
+def everything(folder="runs/a"):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
 
 
-@pytest.fixture
-def made(trained_once, tmp_path):
-    """The folder of a small run, a copy of one's own."""
-    shutil.copytree(trained_once, tmp_path / "runs/a")
-    rewrite(tmp_path / "runs/a", lambda c: c["config"].update(
-        folder=str(tmp_path / "runs/a"), data_dir=str(tmp_path / "data")))
-    return Path("runs/a")
+def before_call(monkeypatch, number, action, module=train, name="gradients"):
+    """Do something before this call of a function, by default of the forward and backward pass."""
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def called(*arguments, **options):
+        if next(calls) == number:
+            action()
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(module, name, called)
 
 
-def everything(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+# -------------------------------------------------------------------------------------------------- stopped and continued
 
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_stopped_by_a_signal_that_comes_twice(name, status, monkeypatch, capsys):
+    assert run(*TINY, "whole") == 0
 
-def rewrite(folder, change):
-    """Change a checkpoint's content and save it whole."""
-    checkpoint = torch.load(folder / "last.pt", weights_only=True)
-    change(checkpoint)
-    torch.save(checkpoint, folder / "last.pt")
+    def twice():                                                  # as schedulers and launchers send it
+        for _ in range(2):
+            os.kill(os.getpid(), getattr(signal, name))
 
-
-@pytest.mark.parametrize("at", [3, 10, 13])
-def test_a_checkpoint_of_an_earlier_version_goes_on(at, monkeypatch):
-    """It held the losses since the log's last line, of every tenth iteration here, by their iteration modulo ten."""
-    def save(path, checkpoint, save=train.save_checkpoint):
-        losses = torch.full((10,), 5.0)                           # of those before the line, which nobody reads
-        for k, loss in enumerate(checkpoint["losses"], checkpoint["logged"]):
-            losses[k % 10] = loss
-        save(path, checkpoint | dict(losses=losses, config=checkpoint["config"] | dict(quick=False)))
-        if checkpoint["iteration"] == at:
-            raise KeyboardInterrupt
-
-    longer = [*TINY, "--iterations", 15]
-    assert run(*longer, "--name", "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_checkpoint", save)
-        assert run(*longer, "--name", "a") == 130
-    assert run("--resume", "runs/a") == 0
-    logs = [[row.split(",")[:4] for row in Path("runs", name, "log.csv").read_text().splitlines()]
-            for name in ("a", "whole")]
-    assert logs[0] == logs[1] and len(logs[0]) == 3
+        before_call(patch, 11, twice)
+        line = refused(capsys, *TINY, "a", status=status)
+    assert "iteration 11" in line and "--resume runs/a" in line
+    assert train.open_run("runs/a").iteration == 11
+    assert run("--resume", "a") == 0
+    assert_same("a", "whole")
 
 
-def test_a_flipped_bit_is_found(made, capsys):
-    """Anywhere in the stored weights and states: torch.load looks at no checksum."""
-    content, random = (made / "last.pt").read_bytes(), np.random.default_rng(0)
-    for at in random.integers(64, len(content) - 2000, 40):       # the end is the archive's directory
-        changed = bytearray(content)
-        changed[at] ^= 1 << random.integers(8)
-        (made / "last.pt").write_bytes(changed)
-        try:
-            train.open_run(made)
-        except data.DataError as error:
-            assert "last.pt cannot be read" in str(error)
-        else:                       # between two members; nothing that is read
-            assert train.open_run(made).checkpoint["iteration"] == 4
-            same = torch.load(made / "last.pt", weights_only=True)["model"]
-            (made / "last.pt").write_bytes(content)
-            for name, value in torch.load(made / "last.pt", weights_only=True)["model"].items():
-                assert torch.equal(same[name], value)
+def test_another_ctrl_c_a_second_later_does_not_wait(monkeypatch):
+    now = time.monotonic()
+    with train.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signum == signal.SIGINT
+        monkeypatch.setattr(train.time, "monotonic", lambda: now + 2)
+        os.kill(os.getpid(), signal.SIGTERM)                      # asks again, no more
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)                  # by nohup
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with train.Stop():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL     # given back where nothing came
 
 
-@pytest.mark.parametrize("change", [
-    lambda c: c.update(iteration=None), lambda c: c.update(validation=None), lambda c: c.update(validation=[[1]]),
-    lambda c: c.update(logged=9), lambda c: c.update(losses=torch.zeros(3)), lambda c: c.pop("seconds"),
-    lambda c: c["config"].update(batch="two"), lambda c: c["config"].update(lr=None),
-    lambda c: c["config"].pop("clips"),
-    lambda c: c["config"].update(model="nosuch"), lambda c: c["config"]["network"].update(hidden=5),
-    lambda c: c["config"]["network"].update(kernel="x"), lambda c: c["model"].popitem(),
-    lambda c: c["model"]["output.bias"].fill_(float("nan")),
-    lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)), lambda c: c["optimizer"].pop("state"),
-    lambda c: c["optimizer"]["state"][0]["exp_avg_sq"].fill_(float("inf"))])
-def test_a_checkpoint_of_wrong_content_is_refused_whole(change, made, capsys):
-    rewrite(made, change)
-    before = everything(made)
-    for command in (["--resume", made, "--iterations", 6], ["--eval", made], ["--figures", made]):
-        assert "last.pt cannot be read" in refused(capsys, *command)
-    assert "last.pt cannot be read" in refused(capsys, *TINY, "--init", made)
-    assert everything(made) == before and [p.name for p in Path("runs").iterdir()] == ["a"]
+class Killed(BaseException):
+    pass
 
 
-@pytest.mark.parametrize("place", ["fifo", "zero", "folder"])
-def test_what_is_no_file_is_not_waited_for(place, made, capsys):
-    (made / "last.pt").unlink()
-    if place == "fifo":
-        os.mkfifo(made / "last.pt")
-    elif place == "zero":
-        (made / "last.pt").symlink_to("/dev/zero")
-    else:
-        (made / "last.pt").mkdir()
-    for command in ("--resume", "--eval", "--figures"):
-        assert "last.pt" in refused(capsys, command, made)
+@pytest.mark.parametrize("name, number", [("fsync", 4), ("fsync", 6), ("replace", 5), ("replace", 9)])
+def test_killed_within_a_save(name, number, monkeypatch):
+    """Half-written files are in nobody's way: the checkpoint is the one before, log.csv may end in half a line."""
+    def kill():
+        with open("runs/a/log.csv", "a") as file:
+            file.write("10,1.0,0")
+        raise Killed
+
+    assert run(*TINY, "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)      # nothing is tidied up after SIGKILL
+        before_call(patch, number, kill, os, name)                # config.json, log.csv, the first last.pt, …
+        with pytest.raises(Killed):
+            run(*TINY, "a")
+    assert list(Path("runs/a").glob(".*.tmp")) and run("--resume", "a") == 0
+    assert_same("a", "whole")
 
 
-def test_two_processes_do_not_train_one_run(made, capsys):
-    with data.alone_in(made):
-        assert "another process" in refused(capsys, "--resume", made, "--iterations", 6)
-    assert run("--resume", made, "--iterations", 6) == 0
+def test_killed_at_random_moments():
+    arguments = [*TINY, "a", "--save-every", 1, "--iterations", 80]
+    assert run(*arguments, "--name", "whole") == 0
+    random, last, process = np.random.default_rng(), Path("runs/a/last.pt"), start(*arguments)
+    for _ in range(2):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        while process.is_alive() and not (last.exists() and last.stat().st_mtime_ns > before):
+            time.sleep(0.005)                                     # until it trains
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        process = start("--resume", "runs/a", output="output")
+    process.join()
+    assert process.exitcode == 0, Path("output").read_text()
+    assert_same("a", "whole")
 
 
-def test_forecasts_written_at_once_all_stay(made, capsys):
-    np.save("mine.npy", np.zeros((9, 64, 64), np.uint8))
-    processes = [conftest.start("--predict", made, "--data", "mine.npy") for _ in range(3)]
-    assert [process.join() or process.exitcode for process in processes] == [0, 0, 0]
-    assert {path.name for path in made.glob("*predict*.npy")} == {f"predict-mine-{n}.npy" for n in (1, 2, 3)}
-    assert not list(made.glob(".*"))
+def test_a_run_continues_from_any_folder(monkeypatch):
+    assert run(*TINY, "a") == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert run("--resume", "../runs/a", "--iterations", 14) == 0
+    assert json.loads(Path("../runs/a/results.json").read_text())["iteration"] == 14 and not list(Path().iterdir())
 
 
-def test_a_full_disk_is_named(made, capsys, monkeypatch):
-    before, fsync = everything(made), os.fsync
+# ---------------------------------------------------------------------------------------------------- what ends a run
 
-    def full(handle):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("damage", ["loss", "weights", "moments"])
+def test_numbers_that_are_not_finite_end_a_run(damage, monkeypatch, capsys):
+    step = train.Step.__call__
 
-    monkeypatch.setattr(os, "fsync", full)
-    assert "config.json: No space left" in refused(capsys, "--resume", made, "--iterations", 6)
-    assert "runs: No space left" in refused(capsys, *TINY, "--name", "b")
-    assert everything(made) == before and not Path("runs/b").exists()
-    monkeypatch.setattr(os, "fsync", lambda handle: (
-        full if os.readlink(f"/proc/self/fd/{handle}").count("last.pt") else fsync)(handle))
-    assert "last.pt: No space left" in refused(capsys, *TINY, "--name", "b")
-    assert not list(Path("runs/b").glob(".*"))
-
-
-def test_who_listens_may_leave():
-    """`train.py … | head -1`, and a run whose standard output is closed from the start: they train on."""
-    listening = start(*TINY, "--name", "a", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    listening.stdout.close()
-    closed = start(*TINY, "--name", "b", before=["sh", "-c", '"$@" >&-', "sh"], stderr=subprocess.PIPE)
-    for process, name in ((listening, "a"), (closed, "b")):
-        assert process.stderr.read() == "" and process.wait() == 0 and Path(f"runs/{name}/results.json").exists()
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_under_the_output_is_said():
-    with open("/dev/full", "w") as nowhere:
-        process = start("--list", "--data", "taxibj", stdout=nowhere, stderr=subprocess.PIPE)
-        assert process.stderr.read() == "train.py: standard output: No space left on device\n" and process.wait() == 2
-
-
-@pytest.mark.parametrize("delay", [0.5, 1.5])
-def test_ctrl_c_while_starting(delay):
-    process = start("--list", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while b"SigCgt:\t0000000000000000" in Path(f"/proc/{process.pid}/status").read_bytes():
-        time.sleep(0.001)           # Python itself has not started
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    err = process.stderr.read()
-    assert process.wait() == 130 and err == "train.py: interrupted\n", err
-
-
-def test_ctrl_c_when_all_is_done():
-    """Python's own end takes a moment; what it comes into is no longer the run."""
-    ends = ("import atexit, runpy, signal, sys; sys.argv[0] = sys.argv.pop(1); "
-            "atexit.register(signal.raise_signal, signal.SIGINT); runpy.run_path(sys.argv[0], run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", ends, "train.py", "--list", "--data", "taxibj"], cwd=ROOT, text=True,
-                          capture_output=True)
-    assert (done.returncode, done.stderr) == (0, "") and "convlstm" in done.stdout
-
-
-def test_other_values_of_the_same_shape_are_other_data(capsys):
-    film = np.random.default_rng(0).random((60, 16, 16), dtype=np.float32)
-    np.save("mine.npy", film)
-    assert run(*TINY, "--data", "mine.npy", "--horizon", 2, "--iterations", 2, "--name", "a") == 0
-    np.save("mine.npy", film[::-1])
-    assert "checksum" in refused(capsys, "--resume", "runs/a", "--iterations", 3)
-    assert run("--eval", "runs/a") == 0
-
-
-def test_states_that_are_not_finite_are_not_saved(capsys, monkeypatch):
-    step = train.train_step
-
-    def bad(model, optimizer, *arguments):
-        loss = step(model, optimizer, *arguments)
-        next(iter(optimizer.state.values()))["exp_avg_sq"][0] = float("inf")
+    def bad(self, *arguments):
+        loss = step(self, *arguments)
+        if self.run.iteration == 6:
+            part = next(self.model.parameters()) if damage == "weights" else self.optimizer.state_dict()["state"][0]["exp_avg_sq"]
+            if damage == "loss":
+                return loss * float("nan")
+            part.data.view(-1)[-1] = float("inf")
         return loss
 
-    monkeypatch.setattr(train, "train_step", bad)
-    assert "not finite at iteration 1" in refused(capsys, *TINY, "--name", "a", status=1)
-    assert torch.load("runs/a/last.pt", weights_only=True)["iteration"] == 0
+    monkeypatch.setattr(train.Step, "__call__", bad)
+    line = refused(capsys, *TINY, "a", status=1)
+    assert "not finite" in line and "last.pt" in line and "--lr" in line
+    assert train.open_run("runs/a").iteration == 6                # the last good one
 
 
-def test_one_number_that_is_not_finite_is_seen():
-    """Such as the output's bias of a network on full frames, which is one number."""
-    for one in (torch.ones(1), torch.ones(())):
-        assert train.all_finite([torch.ones(3), dict(step=one)])
-        for bad in (math.nan, math.inf, -math.inf):
-            assert not train.all_finite([torch.ones(3), one * bad]) and not train.all_finite([dict(step=one * bad)])
+def test_a_forecast_that_is_not_finite_ends_a_run(monkeypatch, capsys):
+    before_call(monkeypatch, 9, lambda: None)
+    forward = train.model_file("convlstm").MODEL.forward
+    monkeypatch.setattr(train.model_file("convlstm").MODEL, "forward", lambda model, *arguments, **options: (
+        forward(model, *arguments, **options) * (1 if model.training and torch.is_grad_enabled() else float("inf"))))
+    assert "not finite" in refused(capsys, *TINY, "a", status=1) and not Path("runs/a/results.json").exists()
 
 
-def test_a_validation_that_is_not_finite_ends_the_run(capsys, monkeypatch):
-    monkeypatch.setattr(train, "validate", lambda *_: float("nan"))
-    assert "validation" in refused(capsys, *TINY, "--name", "a", status=1)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")])
+def test_out_of_memory(error, monkeypatch, capsys):
+    def full():
+        raise error
+    before_call(monkeypatch, 2, full)
+    line = refused(capsys, *TINY, "a", status=1)
+    assert "--batch" in line and "--recompute" in line
 
 
-@pytest.mark.parametrize("arguments, says", [
-    ("convlstm --iterations=--", "--iterations"), ("convlstm --lr=--", "--lr"), ("convlstm --lr 9e37", "--lr"),
-    (f"convlstm --iterations {10**30}", "--iterations"), ("--list --data=", "--data"), ("convlstm --init=", "--init"),
-    ("convlstm --normalize 1 --data x.npy", "LOW and HIGH")])
-def test_odd_command_lines(arguments, says, capsys):
-    assert says in refused(capsys, *arguments.split())
+def test_two_processes_do_not_train_one_run(capsys):
+    assert run(*TINY, "a") == 0
+    before = everything()
+    with data.alone_in(Path("runs/a")):
+        assert "another process" in refused(capsys, "--resume", "runs/a", "--iterations", 14)
+    assert everything() == before and run("--resume", "runs/a", "--iterations", 14) == 0
 
 
-def test_an_odd_environment(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "two")
-    monkeypatch.setattr(train, "processes", train.Processes())
-    assert "WORLD_SIZE" in refused(capsys, "--list")
+def test_a_full_disk_is_named(monkeypatch, capsys):
+    assert run(*TINY, "a") == 0
+    before, fsync = everything(), os.fsync
+
+    def full(handle, name="last.pt"):
+        if name in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: full(handle, ""))
+    assert "No space left" in refused(capsys, "--resume", "runs/a", "--iterations", 14)
+    assert everything() == before
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in refused(capsys, *TINY, "b")
+    assert not list(Path("runs/b").glob("*.tmp")) and not Path("runs/b/last.pt").exists()
 
 
-def test_a_run_from_elsewhere_does_not_say_where_to_write(made, capsys):
-    """Data are unpacked into the data folder: of a run that was moved here it is not the one it names."""
-    made.rename("moved")
-    moved = train.open_run("moved")
-    assert train.data_dir_of(moved, train.parse(["--eval", "moved"])[1]) == "data"
-    Path("moved").rename("runs/a")
-    assert train.data_dir_of(train.open_run(made), train.parse(["--eval", "a"])[1]) == str(Path("data").absolute())
+def test_a_file_system_that_refuses_chmod(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    monkeypatch.setattr(os, "chmod", refuse)
+    monkeypatch.setattr(os, "fchmod", refuse)
+    assert run(*TINY, "a", "--iterations", 2) == 0 and run("--eval", "a") == 0
 
 
-def test_what_killed_saves_left_goes_with_the_next(made, capsys):
-    (made / ".last.pt.abcdefgh.tmp").write_bytes(b"half")
-    assert run("--resume", made, "--iterations", 6) == 0
-    assert not list(made.glob(".*"))
+@pytest.mark.parametrize("output", ["fifo", "full", "closed"])
+def test_who_listens_may_leave(output, monkeypatch):
+    """`train.py … | head -1`, a full disk under the output, a standard output that is closed from the start."""
+    if output == "closed":
+        monkeypatch.setattr(train.sys, "stdout", None)
+        assert run(*TINY, "a") == 0
+        return
+    os.mkfifo("fifo")
+    process = start(*TINY, "a", output="fifo" if output == "fifo" else "/dev/full")
+    if output == "fifo":
+        open("fifo", "rb").close()
+    process.join()
+    assert process.exitcode == 0 and Path("runs/a/results.json").exists()
 
 
-def test_evaluation_takes_what_memory_there_is(made, capsys, monkeypatch):
-    """Smaller pieces, the same scores to rounding; the size is kept, so that --eval repeats them to the bit."""
-    whole = json.loads((made / "results.json").read_text())
-    forward, sizes = convlstm.ConvLSTM.forward, []
+# --------------------------------------------------------------------------------------------------- data that changed
 
-    def limited(model, frames, *arguments, **options):
-        sizes.append(len(frames))
-        if len(frames) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(model, frames, *arguments, **options)
-
-    monkeypatch.setattr(convlstm.ConvLSTM, "forward", limited)
-    monkeypatch.setattr(train, "EVAL_BATCH", 3)
-    assert run("--eval", made) == 0
-    small = json.loads((made / "results.json").read_text())
-    assert 3 in sizes and sizes.count(2) and small["eval_batch"] == 2
-    for name in ("mse", "mae", "psnr_float", "ssim_gaussian"):  # others truncate to 8 bits, where rounding can flip one
-        np.testing.assert_allclose(small["forecast"][name]["frames"], whole["forecast"][name]["frames"], 1e-5, 1e-6)
-    monkeypatch.setattr(convlstm.ConvLSTM, "forward", forward)
-    assert run("--eval", made) == 0
-    assert json.loads((made / "results.json").read_text()) == small
+@pytest.mark.parametrize("change, says", [
+    (lambda film: film[::-1], "checksum"), (lambda film: film[:190], "train_count"), (lambda film: 60 * film, "scale"),
+    (lambda film: film[:, :8], "size")])
+def test_data_that_changed_are_refused(change, says, film, capsys):
+    assert run(*TINY, "a", "--normalize") == 0
+    before = everything()
+    np.save("film.npy", change(film))
+    for command in (["--resume", "a", "--iterations", 14], ["--eval", "a"], ["--figures", "a"]):
+        assert says in refused(capsys, *command)
+    assert everything() == before
 
 
-def test_a_run_in_ones_own_code(made):
-    model, config = train.load(made)
-    assert not model.training and config["clips"]["frames_in"] == 3
-    frames = torch.rand(2, 3, 1, 64, 64)
-    again, _ = train.load(made / "best.pt")
-    with torch.no_grad():
-        forecast = model(frames, horizon=3)[:, -3:]
-        assert forecast.shape == (2, 3, 1, 64, 64) and again(frames, horizon=3).isfinite().all()
-    weights = torch.load(made / "last.pt", weights_only=True)["model"]
-    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+# --------------------------------------------------------------------------------------------------------- damaged files
+
+@pytest.mark.parametrize("content", ["\n1\n", "\n1,nan,1,1,1\n", "\n1,x,1,1,1\n", "\n1.5,1,1,1,1\n", "\n\n",
+                                     "\n1,1e999,1,1,1\n", "\udcff\n"])
+def test_a_damaged_log_is_met_before_anything_is_done(content, monkeypatch, capsys):
+    assert run(*TINY, "a") == 0
+    Path("runs/a/log.csv").write_text("iteration,loss,lr,epsilon,seconds" + content, errors="surrogateescape")
+    before = everything()
+    monkeypatch.setattr(train, "predict", None)
+    for command in (["--resume", "a", "--iterations", 14], ["--eval", "a"]):
+        assert "log.csv" in refused(capsys, *command)
+    assert everything() == before
 
 
-def test_a_threshold_is_taken_on_the_data_as_stored(capsys):
-    """A storm of 35.7 that stands still, in float32: back from the network's pixels it would be below 35.7."""
-    film = np.zeros((60, 16, 16), np.float32)
-    film[:, :8], film[:, 15, 15] = 35.7, np.nan
-    np.save("still.npy", film)
-    own = "--data still.npy --normalize 0 70 --horizon 2 --iterations 1 --name a --unit dBZ --thresholds 35.7 40"
-    assert run("convlstm", *SMALL, *own.split()) == 0
-    results = json.loads(Path("runs/a/results.json").read_text())
-    still = results["repeat_last"]
-    assert results["unit"] == "dBZ" and still["csi_35.7"]["frames"] == [1, 1] and still["csi_40"]["mean"] is None
-    assert still["rmse"]["mean"] == 0 and results["black"]["rmse"]["mean"] == pytest.approx(35.7 * (128 / 255) ** 0.5)
-    assert results["black"]["mae_units"]["mean"] == pytest.approx(35.7 * 128 / 255)
-    np.save("other.npy", film[10:40])
-    assert run("--eval", "runs/a", "--data", "other.npy", "--horizon", 4, "--thresholds", 20) == 0
-    other = json.loads(Path("runs/a/results-other_npy.json").read_text())
-    assert len(other["repeat_last"]["csi_20"]["frames"]) == 4 and other["repeat_last"]["csi_20"]["mean"] == 1
-    assert json.loads(Path("runs/a/results.json").read_text()) == results
-    assert run("--eval", "runs/a", "--data", "other.npy", "--horizon", 4, "--eval-sequences", 1) == 0
-    assert json.loads(Path("runs/a/results-other_npy-1-sequences.json").read_text())["sequences"] == 1
-    assert json.loads(Path("runs/a/results-other_npy.json").read_text()) == other
+def test_a_bit_that_flipped_is_found(capsys):
+    """In weights and settings; and in the zip file's directory, where byte 38 of an entry once gave memory that nobody
+    had written."""
+    assert run(*TINY, "a", "--iterations", 2) == 0
+    path, random = Path("runs/a/last.pt"), np.random.default_rng(0)
+    content, state = path.read_bytes(), train.open_run("runs/a").model.state_dict()
+    with zipfile.ZipFile(path) as file:
+        directory, entries = file.start_dir, len(file.infolist())
+    at = [k for k in range(directory, len(content) - 46) if content[k:k + 4] == b"PK\1\2"]
+    assert len(at) == entries
+    places = [*(k + 38 for k in at), *random.integers(0, directory, 60), *random.integers(directory, len(content), 60)]
+    refusals = 0
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 0x10 if place - 38 in at else 1 << random.integers(8)
+        path.write_bytes(changed)
+        try:
+            same = train.open_run("runs/a").model.state_dict()
+            assert all(torch.equal(same[name], value) for name, value in state.items())     # what nobody reads
+        except data.DataError as error:
+            assert "last.pt" in str(error) and "\n" not in str(error)
+            refusals += 1
+    assert refusals > 60
 
 
-def test_a_model_for_any_size_forecasts_any_size(capsys):
-    np.save("small.npy", np.random.default_rng(0).random((40, 12, 16), np.float32))
-    np.save("large.npy", np.random.default_rng(0).random((2, 9, 20, 28), np.float32))
-    own = ["convlstm", *SMALL, *"--data small.npy --horizon 2 --iterations 1".split()]
-    assert run(*own, "--setup", "fullres", "--name", "a") == 0
-    assert run("--predict", "runs/a", "--data", "large.npy", "--layout", "MTHW") == 0
-    assert np.load("runs/a/predict-large-1.npy").shape == (2, 2, 20, 28)
-    assert run(*own, "--name", "b") == 0
-    line = refused(capsys, "--predict", "runs/b", "--data", "large.npy", "--layout", "MTHW")
-    assert "the model takes 1 x 12 x 16" in line
-
-
-def test_a_schedule_for_data_of_ones_own(capsys):
-    np.save("mine.npy", np.random.default_rng(0).random((60, 16, 16), np.float32))
-    own = ["convlstm", *SMALL, *"--data mine.npy --layers 1 --horizon 2 --batch 8 --name".split()]
-    _, args = train.parse([*own, "a"])
-    config, clips, _ = train.settings(args)
-    assert config["iterations"] == 100 * clips.train_count // 8 and not config["reverse"] and not config["as_published"]
-
-
-def test_init_takes_over_the_scale(capsys):
-    film = np.random.default_rng(0).random((60, 16, 16), np.float32)
-    np.save("mine.npy", 50 * film)
-    own = ["convlstm", *SMALL, *"--data mine.npy --layers 1 --horizon 2 --iterations 1".split()]
-    assert run(*own, "--normalize", 0, 70, "--name", "a") == 0
-    np.save("mine.npy", 60 * film)
-    assert run(*own, "--init", "runs/a", "--name", "b") == 0
-    assert json.loads(Path("runs/b/config.json").read_text())["clips"]["scale"] == [0, 70]
-    assert "scale" in refused(capsys, *own, "--normalize", "--init", "runs/a")
-
-
-def test_init_says_what_differs(made, capsys):
-    line = refused(capsys, *TINY, "--init", made, "--hidden", 8)
-    assert "hidden 4, here 8" in line
+def test_members_twice_or_compressed_are_refused(capsys):
+    assert run(*TINY, "a", "--iterations", 2) == 0
+    path = Path("runs/a/last.pt")
+    with zipfile.ZipFile(path) as file:
+        members = [(name, file.read(name)) for name in file.namelist()]
+    largest = max(members, key=lambda member: len(member[1]))
+    for extra, kind, says in (([(largest[0], bytes(len(largest[1])))], zipfile.ZIP_STORED, "last.pt"),
+                              ([("huge", bytes(10**7))], zipfile.ZIP_DEFLATED, "compressed")):
+        with zipfile.ZipFile(path, "w", kind) as file:
+            for name, body in members + extra:
+                file.writestr(name, body)
+        for command in (["--eval", "a"], ["--resume", "a"], [*TINY, "b", "--init", "runs/a"]):
+            assert says in refused(capsys, *command)
