@@ -50,7 +50,7 @@ def before_call(monkeypatch, number, action, module=train, name="gradients"):
     monkeypatch.setattr(module, name, called)
 
 
-# -------------------------------------------------------------------------------------------------- stopped and continued
+# ----------------------------------------------------------------------------------------------- stopped and continued
 
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_stopped_by_a_signal_that_comes_twice(name, status, monkeypatch, capsys):
@@ -132,7 +132,7 @@ def test_a_run_continues_from_any_folder(monkeypatch):
     assert json.loads(Path("../runs/a/results.json").read_text())["iteration"] == 14 and not list(Path().iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------- what ends a run
+# ----------------------------------------------------------------------------------------------------- what ends a run
 
 @pytest.mark.parametrize("damage", ["loss", "weights", "moments"])
 def test_numbers_that_are_not_finite_end_a_run(damage, monkeypatch, capsys):
@@ -233,7 +233,7 @@ def test_data_that_changed_are_refused(change, says, film, capsys):
     assert everything() == before
 
 
-# --------------------------------------------------------------------------------------------------------- damaged files
+# ------------------------------------------------------------------------------------------------------- damaged files
 
 @pytest.mark.parametrize("content", ["\n1\n", "\n1,nan,1,1,1\n", "\n1,x,1,1,1\n", "\n1.5,1,1,1,1\n", "\n\n",
                                      "\n1,1e999,1,1,1\n", "\udcff\n"])

@@ -37,7 +37,7 @@ def forecast_of(run_folder, frames, horizon):
         return model(torch.as_tensor(frames), horizon=horizon)[:, -horizon:].clamp(0, 1)
 
 
-# ----------------------------------------------------------------------------------------------------- train, then eval
+# ---------------------------------------------------------------------------------------------------- train, then eval
 
 def test_a_whole_run(capsys):
     assert run(*DIGITS) == 0
@@ -135,7 +135,7 @@ def test_init_takes_the_weights_and_their_scale(film, capsys):
     assert len(list(Path("runs").iterdir())) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------- other files
+# --------------------------------------------------------------------------------------------------------- other files
 
 def test_eval_on_other_files_keeps_them_apart(film):
     assert run(*MINE, "a") == 0
@@ -201,7 +201,7 @@ def test_a_quick_run_on_full_frames_forecasts_any_size():
     assert config["network"]["patch"] == 1 and not train.build(config).one_size
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------ pictures
 
 def decoded(path):
     """The pixels (H, W, 3) of a PNG file of ours."""
@@ -293,7 +293,7 @@ def test_runs_side_by_side(film, capsys):
     assert "different" in refused(capsys, "--figures", "a", "c")
 
 
-# --------------------------------------------------------------------------------------------------- the papers' settings
+# ------------------------------------------------------------------------------------------------ the papers' settings
 
 # models.md, "Two set-ups": (optimiser, weight decay, lr, final lr, batch, iterations, loss, part of them sampled,
 # reversed)
@@ -365,7 +365,7 @@ def test_the_paper_is_beside_a_run_of_its_own_settings_only(capsys, dataset, mon
     assert re.search(r"CMS-LSTM, Table 3 +70.4 +115.9", capsys.readouterr().out)
 
 
-# --------------------------------------------------------------------------------------------------------- one iteration
+# ------------------------------------------------------------------------------------------------------- one iteration
 
 def test_learning_rates():
     assert train.learning_rate(dict(lr=1e-3, final_lr=None, schedule=100), 99) == 1e-3
@@ -418,7 +418,7 @@ def test_the_first_line_comes_within_ten_seconds(capsys, monkeypatch):
     assert said == [("3", "0.5", "0.6"), ("7", "0.5", "0.3"), ("11", "0.5", "0.1")]
 
 
-# -------------------------------------------------------------------------------------------------------------- mistakes
+# ------------------------------------------------------------------------------------------------------------ mistakes
 
 @pytest.mark.parametrize("arguments, says", [
     ("", "give a MODEL"), ("--eval a --resume b", "one of --eval"), ("--list", "python MODEL.py"),
