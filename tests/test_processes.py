@@ -1,9 +1,9 @@
-"""Data-parallel training with torchrun, on the CPU: the same run on any number of processes.
+"""One run on several processes (gloo, CPU): the same run on any number of them, and all end when one does.
 
 Where torchrun itself is not in question, processes get from here what it would tell them: that spares seconds each.
+Every process works in a folder of its own, so that it shows who writes.
 """
 
-import json
 import os
 import signal
 import socket
@@ -16,159 +16,129 @@ import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import FILM, ROOT
 
 import train
 
-OURS = f'File "{ROOT / "train.py"}"'                              # a traceback through us; torchrun prints its own
-SETTINGS = ["convlstm", *SMALL, *"--batch 8 --iterations 20 --eval-every 10 --save-every 7".split(),
-            *"--eval-sequences 33".split()]                       # 17 and 16 on two: batches of 16 + 1 and 16
-pytestmark = pytest.mark.usefixtures("empty_folder")
+SETTINGS = [*FILM, *"--batch 5 --iterations 20 --eval-every 10 --save-every 7 --name".split()]     # 3 + 2, 2 + 2 + 1
+pytestmark = pytest.mark.usefixtures("film")
 
 
-def free_port():
-    """So that tests can run beside each other."""
+def start(count, *arguments):
+    """Processes of a run, without torchrun; all but the first each in a folder of its own with nothing in it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        told = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=s.getsockname()[1], WORLD_SIZE=count)
+    here, processes = Path.cwd(), []
+    arguments = [here / word if word in ("film.npy", "runs/on2", "runs/a") else word for word in arguments]
+    for rank in range(count):
+        folder = here / f"process-{rank}" if rank else here
+        folder.mkdir(exist_ok=True)
+        os.chdir(folder)
+        processes.append(conftest.start(*arguments, output=here / f"said-{rank}", RANK=rank, LOCAL_RANK=rank, **told))
+    os.chdir(here)
+    return processes
 
 
-def start(*arguments):
-    """Two processes by torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    return subprocess.Popen([*torchrun, str(ROOT / "train.py"), *map(str, arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+def finish(processes, status=0):
+    """They all end with this status, the others having written nothing; what the first and the others said."""
+    for process in processes:
+        process.join(100)
+    first, *others = (Path(f"said-{rank}").read_text() for rank in range(len(processes)))
+    assert [process.exitcode for process in processes] == [status] * len(processes), (first, others)
+    assert not any([*folder.iterdir()] for folder in Path.cwd().glob("process-*")) and "Traceback" not in first
+    return first, "".join(others)
 
 
-def finish(process, status=0):
-    _, err = process.communicate(timeout=900)
-    assert process.returncode == status, err
-    return err
+def compare(a, b, tolerance=1e-5):
+    """Weights, log and scores of two runs."""
+    runs = [train.open_run(Path("runs", name)) for name in (a, b)]
+    logs = [np.array([row[:4] for row in train.read_log(run.folder / "log.csv")], float) for run in runs]
+    assert runs[0].iteration == runs[1].iteration and len(runs[0].validation) == len(runs[1].validation) > 1
+    np.testing.assert_allclose(*logs, rtol=1e-4)
+    np.testing.assert_allclose(runs[0].validation, runs[1].validation, rtol=1e-4)
+    for x, y in zip(*(run.model.state_dict().values() for run in runs), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
 
 
-def together(count, *arguments, status=0):
-    """Without torchrun, to the end: what all of them said."""
-    common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=count)
-    first, *others = (conftest.start(*arguments, output=f"said-{rank}", RANK=rank, LOCAL_RANK=rank, **common)
-                      for rank in range(count))
-    first.join(900)
-    for process in others:
-        if status:
-            process.terminate()                                   # as torchrun does
-        process.join(900)
-    said = "".join(Path(f"said-{rank}").read_text() for rank in range(count))
-    assert first.exitcode == status and "Traceback" not in said, said
-    assert status or all(process.exitcode == 0 for process in others), said
-    return said
+def test_shares_are_the_whole():
+    """In order, and no two differ by more than one."""
+    for count in range(1, 6):
+        for total in range(count, 13):
+            some, parts = train.Processes(), []
+            for some.count, some.rank in [(count, rank) for rank in range(count)]:
+                parts.append([*range(total)[some.share(total)]])
+            assert sum(parts, []) == [*range(total)] and len(parts[0]) - min(map(len, parts)) <= 1
 
 
-def children(pid):
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+@pytest.mark.parametrize("model", [["convlstm"], ["predrnn", "--variant", "v2"]])           # v2 has an auxiliary loss
+def test_any_number_of_processes_is_one_run(model):
+    """1, 2 and 3, of unequal shares: the same weights, log and scores, also where another number continues."""
+    for count in 1, 2, 3:
+        said, others = finish(start(count, *model, *SETTINGS, f"on{count}"))
+        assert "iteration 20: validation MSE" in said and others == ""
+        assert {f.name for f in Path(f"runs/on{count}").iterdir()} == {f.name for f in Path("runs/on1").iterdir()}
+        compare(f"on{count}", "on1")
+    for count, iterations in (3, 25), (1, 30):
+        finish(start(count, "--resume", "runs/on2", "--iterations", iterations))
+        assert conftest.run("--resume", "runs/on1", "--iterations", iterations) == 0
+        compare("on2", "on1")
 
 
-def compare(a, b):
-    a, b = ((torch.load(Path(f) / "last.pt", weights_only=True), json.loads((Path(f) / "results.json").read_text()),
-             (Path(f) / "log.csv").read_text()) for f in (a, b))
-    assert a[0]["iteration"] == b[0]["iteration"]
-    for x, y in zip(a[0]["model"].values(), b[0]["model"].values(), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
-    for name in ("forecast", "all_predictions", "repeat_last", "black"):
-        for metric in ("mse", "mae", "psnr", "ssim"):
-            np.testing.assert_allclose(a[1][name][metric]["frames"], b[1][name][metric]["frames"], rtol=1e-3)
-    for x, y in zip(*(np.loadtxt(log.splitlines()[1:], delimiter=",") for log in (a[2], b[2])), strict=True):
-        np.testing.assert_allclose(x[:4], y[:4], rtol=1e-4)
+def test_torchrun():
+    """As a user starts it, to the end; a fault that all meet is one line of the first."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    for status, says in (0, ""), (1, "runs/a exists"):
+        ended = subprocess.run([*torchrun, "convlstm", *SETTINGS, "a"], capture_output=True, text=True, env=environment)
+        assert ended.returncode == status and says in ended.stderr, ended.stderr
+        assert ended.stderr.count("train.py: ") == status and f'File "{ROOT / "train.py"}"' not in ended.stderr
+    assert conftest.run("convlstm", *SETTINGS, "b") == 0
+    compare("a", "b")
 
 
-@pytest.mark.slow
-def test_any_number_of_processes():
-    """Eight sequences over 1, 2 and 3 processes: the same weights, log and results; checkpoints move between counts."""
-    for n in (1, 2, 3):
-        made = [*SETTINGS, "--name", f"on{n}"]
-        finish(start(*made)) if n == 2 else together(n, *made)
-        assert {f.name for f in Path(f"runs/on{n}").iterdir()} == {
-            "config.json", "log.csv", "last.pt", "best.pt", "results.json", "forecast.png"}
-    compare("runs/on1", "runs/on2")
-    compare("runs/on1", "runs/on3")
-    for n in (1, 3):
-        together(n, "--resume", "runs/on2", "--iterations", 20 + n)
-        together(1, "--resume", "runs/on1", "--iterations", 20 + n)
-        compare("runs/on1", "runs/on2")
+def running(count):
+    """Processes of a run without end, once it has saved."""
+    processes = start(count, "convlstm", *SETTINGS, "a", "--iterations", 10**6, "--eval-every", 10**6)
+    wait = time.monotonic() + 60
+    while not Path("runs/a/last.pt").exists() and time.monotonic() < wait:
+        time.sleep(0.1)
+    return processes
 
 
-@pytest.mark.slow
-def test_a_killed_process_ends_them_all():
-    """Within thirty seconds, with the last checkpoint whole and nothing of ours in the way."""
-    process = start(*SETTINGS, "--iterations", 100000, "--eval-every", 100000, "--save-every", 5, "--name", "a")
-    last = Path("runs/a/last.pt")
-    wait = time.monotonic() + 600
-    while not (last.exists() and torch.load(last, weights_only=True)["iteration"] >= 5) and time.monotonic() < wait:
-        time.sleep(0.2)
-    workers = children(process.pid)
-    os.kill(workers[-1], signal.SIGKILL)
-    begun = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 30 and process.returncode != 0
-    assert not any(Path(f"/proc/{w}").exists() for w in workers)
-    assert OURS not in err, err                   # torchrun reports in its own way; no traceback of ours
-    assert torch.load(last, weights_only=True)["iteration"] % 5 == 0
-    further = torch.load(last, weights_only=True)["iteration"] + 1
-    together(1, "--resume", "runs/a", "--iterations", further)
+def test_where_one_is_killed_all_end_in_a_line():
+    """And the last checkpoint is whole."""
+    first, second, third = running(3)
+    third.kill()
+    third.join()
+    said, others = finish([first, second], status=1)
+    line = "train.py: another process of this run ended; continue with --resume and the run's folder\n"
+    assert said.endswith(line) and said.count("train.py: ") == 1
+    iteration = train.open_run("runs/a").iteration
+    assert iteration % 7 == 0
+    finish(start(2, "--resume", "runs/a", "--iterations", iteration + 1))
 
 
-@pytest.mark.slow
-def test_interrupting_one_stops_all():
-    process = start(*SETTINGS, "--iterations", 100000, "--eval-every", 100000, "--name", "a")
-    last = Path("runs/a/last.pt")
-    wait = time.monotonic() + 600
-    while not last.exists() and time.monotonic() < wait:
-        time.sleep(0.2)
-    os.kill(children(process.pid)[0], signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and "--resume runs/a" in err and OURS not in err, err
-    assert f"stopped at iteration {torch.load(last, weights_only=True)['iteration']}, saved" in err
+def test_a_signal_to_one_saves_and_stops_all():
+    processes = running(2)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    said, _ = finish(processes, status=143)
+    assert f"stopped at iteration {train.open_run('runs/a').iteration}, saved; continue with: " in said
 
 
-def test_what_one_process_alone_finds_wrong_is_said(monkeypatch, capsys):
-    """The first of two waits for the other, on whose machine the data are missing."""
-    monkeypatch.setattr(train, "processes", train.Processes())
-    for name, value in dict(count=2, rank=1, first=False).items():
-        monkeypatch.setattr(train.processes, name, value)
-    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
-    assert train.main(["convlstm", "--device", "cpu", "--data", "nosuch.npy"]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("train.py: process 1: ") and "nosuch.npy" in err and err.count("\n") == 1
+def test_what_several_processes_cannot_do_is_said(monkeypatch, capsys):
+    said, _ = finish(start(2, "convlstm", *SETTINGS, "a", "--batch", 1), status=2)
+    assert "a batch of 1" in said and not Path("runs").exists()
+    monkeypatch.setattr(train.processes, "count", 2)
+    monkeypatch.setattr(train.processes, "start", lambda: None)
+    assert conftest.run("--eval", "runs/a") == 2 and "without torchrun" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_interrupting_one_stops_the_evaluation_of_all():
-    """Ten thousand sequences would take minutes; the run that they were to score is whole."""
-    process = start(*SETTINGS, "--iterations", 1, "--eval-sequences", 10000, "--name", "a")
-    while "evaluating 10000" not in (line := process.stdout.readline()):
-        assert line, process.communicate()[1]
-    os.kill(children(process.pid)[1], signal.SIGTERM)
-    begun = time.monotonic()
-    _, err = process.communicate(timeout=300)
-    assert time.monotonic() - begun < 30 and process.returncode != 0
-    assert err.count("stopped during the evaluation") == 1 and OURS not in err, err
-    assert not Path("runs/a/results.json").exists()
-    together(1, "--eval", "runs/a", "--eval-sequences", 5)
-
-
-def test_what_one_process_finds_wrong_ends_all_in_a_line():
-    Path("runs/a").mkdir(parents=True)
-    err = finish(start(*SETTINGS, "--name", "a"), status=1)
-    assert "runs/a exists" in err and OURS not in err, err
-
-
-def test_fewer_sequences_than_processes():
-    finish(start(*SETTINGS, "--iterations", 1, "--eval-sequences", 1, "--name", "a"))
-    assert json.loads(Path("runs/a/results.json").read_text())["forecast"]["mse"]["mean"] > 0
-    assert "without torchrun" in together(2, "--eval", "runs/a", status=2)
-
-
-@pytest.mark.slow
-def test_more_processes_than_sequences():
-    assert "--batch 1 over 2 processes" in together(2, *SETTINGS, "--batch", 1, status=2)
-    assert not Path("runs").exists()
-    together(1, *SETTINGS, "--batch", 1, "--iterations", 1, "--name", "a")
-    assert "its batch of 1 over 2 processes" in together(2, "--resume", "runs/a", status=2)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_cuda_two_devices_are_one_run():
+    """Over NCCL, each with a graph of its own."""
+    on_cuda = ["convlstm", *SETTINGS, "on1", "--device", "cuda", "--precision", "fp32"]
+    for count in 1, 2:
+        on_cuda[on_cuda.index("--name") + 1] = f"on{count}"
+        assert "the step is not" not in finish(start(count, *on_cuda))[0]
+    compare("on2", "on1", tolerance=1e-3)
