@@ -90,7 +90,7 @@ class SpatiotemporalExpression(nn.Module):
             q, k, v = cut(qkv, s).chunk(3, -1)                    # each (B, s², 2HW/s², C)
             # Eq. 2   Ĥ_t, Ĉ_t = Softmax(Queryᵀ × Key) × Value      no 1/√d; the scores are never stored
             tokens = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-            z_hat.append(join(tokens, s, *z.shape[2:]) + z)       # the shortcut + z is the released code's alone
+            z_hat.append(z + join(tokens, s, *z.shape[2:]))       # the shortcut z is the released code's alone
         return torch.cat(z_hat, 1)
 
     def forward(self, h, c):
@@ -263,11 +263,13 @@ def maps(model, frames, horizon=0, point=None):
     pixel attends to each patch of H_t ("scale 1, H") and of C_t ("scale 1, C"), and so at every scale,
     (B, steps, H/p, W/p): the softmax of Eq. 2, of sum 1 over the two, 0 outside the pixel's block.
     """
-    modules, calls = [*model.cells], defaultdict(list)            # calls: (inputs, output) of a module, one per step
-    with_ce, attends = model.cells[0].ce is not None, point is not None and model.cells[0].se is not None
+    modules, outputs = [model.embed, *model.cells], defaultdict(list)       # outputs: those of a module, one per step
     for cell in model.cells:
-        modules += [cell.ce] * with_ce + [cell.se and cell.se.qkv] * attends
-    hooks = [m.register_forward_hook(lambda m, inputs, output: calls[m].append((inputs, output))) for m in modules]
+        if cell.ce is not None:
+            modules.append(cell.ce)
+        if cell.se is not None and point is not None:
+            modules.append(cell.se.qkv)
+    hooks = [m.register_forward_hook(lambda m, inputs, output: outputs[m].append(output)) for m in modules]
     try:
         model(frames, horizon)
     finally:
@@ -275,29 +277,31 @@ def maps(model, frames, horizon=0, point=None):
             hook.remove()
 
     def attention(se):
-        weights, qkv = {}, torch.stack([output for _, output in calls[se.qkv]], 1)      # (B, steps, 3·scales·C, H, 2W)
+        weights, qkv = {}, torch.stack(outputs[se.qkv], 1)        # (B, steps, 3·scales·C, H, 2W)
         height, width = qkv.shape[3], qkv.shape[4] // 2
         y, x = point[0] // model.patch, point[1] // model.patch
-        for s, of_scale in zip(se.scales, qkv.chunk(len(se.scales), 2)):
-            q, k, _ = of_scale.chunk(3, 2)                        # each (B, steps, C, H, 2W)
+        for s, qkv_s in zip(se.scales, qkv.chunk(len(se.scales), 2)):
+            q, k, _ = qkv_s.chunk(3, 2)                           # each (B, steps, C, H, 2W)
             scores = torch.einsum("btc,btchw->bthw", q[..., y, x], k).unflatten(3, (2, width))
             rows, columns = height // s, width // s               # of a block
-            outside = torch.ones_like(scores, dtype=torch.bool)
-            outside[:, :, y // rows * rows :][:, :, :rows, :, x // columns * columns :][..., :columns] = False
-            scores = scores.masked_fill(outside, -torch.inf)
-            weights[f"scale {s}, H"], weights[f"scale {s}, C"] = (
-                scores.flatten(2).softmax(2).view_as(scores).unbind(3))
+            top, left = y // rows * rows, x // columns * columns
+            block = torch.full_like(scores, -torch.inf)           # 0 where the query's block is, in H and in C
+            block[:, :, top : top + rows, :, left : left + columns] = 0
+            alpha = (scores + block).flatten(2).softmax(2).view_as(scores)              # (B, steps, H, 2, W)
+            weights[f"scale {s}, H"], weights[f"scale {s}, C"] = alpha.unbind(3)
         return weights
 
-    pictures = {"layers": [{"H": torch.stack([output[0] for _, output in calls[cell]], 1)} for cell in model.cells]}
-    if with_ce:
-        pictures["ce_input"] = []
-        for cell in model.cells:
-            before, after = [inputs[0] for inputs, _ in calls[cell.ce]], [output[0] for _, output in calls[cell.ce]]
-            pictures["ce_input"].append({"X before CE": torch.stack(before, 1), "X after CE": torch.stack(after, 1)})
-    if attends:
-        pictures["attention"] = [attention(cell.se) for cell in model.cells]
-    return pictures
+    pictures, x = defaultdict(list), outputs[model.embed]         # x: the input of a layer
+    for cell in model.cells:
+        h = [states[0] for states in outputs[cell]]
+        pictures["layers"].append({"H": torch.stack(h, 1)})
+        if cell.ce is not None:
+            x_hat = [x_hat for x_hat, _ in outputs[cell.ce]]
+            pictures["ce_input"].append({"X before CE": torch.stack(x, 1), "X after CE": torch.stack(x_hat, 1)})
+        if cell.se is not None and point is not None:
+            pictures["attention"].append(attention(cell.se))
+        x = h
+    return dict(pictures)
 
 
 # Transplants (Table 3): CE and SE around two other cells. The paper has no equations for them and their code was never
