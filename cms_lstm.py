@@ -83,21 +83,17 @@ class SpatiotemporalExpression(nn.Module):
         self.h2g = conv(channels, 3 * channels, kernel, size, norm)   # W_h*
         self.norm_c = nn.LayerNorm([channels, *size]) if norm else nn.Identity()
 
-    def attend(self, z):
-        """Part 1: z (B, C, H, 2W) -> ẑ of every scale, (B, scales·C, H, 2W)."""
-        z_hat = []
+    def forward(self, h, c):
+        # Part 1. The text's Z ∈ C×H×W×2 would keep H and C apart. The released code puts them side by side: at the seam
+        # the 5×5 convolution reads both, and LayerNorm is over both.
+        z, z_hat = torch.cat([h, c.to(h.dtype)], 3), []           # (B, C, H, 2W)
         for s, qkv in zip(self.scales, self.qkv(z).chunk(len(self.scales), 1)):
             q, k, v = cut(qkv, s).chunk(3, -1)                    # each (B, s², 2HW/s², C)
             # Eq. 2   Ĥ_t, Ĉ_t = Softmax(Queryᵀ × Key) × Value      no 1/√d; the scores are never stored
             tokens = F.scaled_dot_product_attention(q, k, v, scale=1.0)
             z_hat.append(z + join(tokens, s, *z.shape[2:]))       # the shortcut z is the released code's alone
-        return torch.cat(z_hat, 1)
-
-    def forward(self, h, c):
-        # The text's Z ∈ C×H×W×2 would keep H and C apart. The released code puts them side by side, along the width: at
-        # the seam the 5×5 convolution reads both, and LayerNorm is over both.
-        z_hat = self.attend(torch.cat([h, c.to(h.dtype)], 3))     # (B, scales·C, H, 2W)
-        a_h, a_c = self.norm_a(self.fuse(z_hat)).chunk(2, 3)      # A_H, A_C: each (B, C, H, W)
+        z_hat = self.fuse(torch.cat(z_hat, 1))                    # (B, scales·C, H, 2W) -> (B, C, H, 2W)
+        a_h, a_c = self.norm_a(z_hat).chunk(2, 3)                 # A_H, A_C: each (B, C, H, W)
         a = self.mix(torch.cat([a_h, a_c], 1))                    # released code only: a 1×1 before W_A
         # Part 2. The paper's Z_H is H_t. One convolution of each serves all three.
         # Eq. 3   i = σ(W_Ai * [A_H, A_C] + W_hi * Z_H + b_i)        g = tanh(W_Ag * [A_H, A_C] + W_hg * Z_H + b_g)
@@ -211,10 +207,7 @@ class CMSLSTM(nn.Module):
                              f"build the model with size=({height}, {width})")
 
     def step(self, x, state):
-        """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) per layer] -> those of the next frame.
-
-        The transplants' states are (h, c, m).
-        """
+        """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) or (h, c, m) per layer] -> of the next."""
         h, new_state = self.embed(x), []
         for cell, before in zip(self.cells, state):
             if isinstance(cell, PredRNNCell):                     # M of the layer below; at the bottom, of the top at t - 1
@@ -309,10 +302,7 @@ def maps(model, frames, horizon=0, point=None):
 
 
 class PredRNNCell(nn.Module):
-    """CE, the ST-LSTM of PredRNN (Wang et al. 2017), SE on H_t and C_t.
-
-    As CMSLSTMCell, with m (B, hidden, H, W), PredRNN's memory M of the layer below, as a third state.
-    """
+    """CE, the ST-LSTM of PredRNN (Wang et al. 2017), SE. As CMSLSTMCell, with PredRNN's memory M as a third state."""
 
     states = 3                                                    # h, c and m
 
@@ -348,10 +338,9 @@ class PredRNNCell(nn.Module):
 
 
 class SAConvLSTMCell(CMSLSTMCell):
-    """CE, a ConvLSTM step, SE, then the self-attention memory of SA-ConvLSTM (Lin et al. 2020) on SE's Ĥ_t.
+    """CMSLSTMCell, then the memory of SA-ConvLSTM (Lin et al. 2020), M, a third state.
 
-    As CMSLSTMCell, with m (B, hidden, H, W), the layer's memory M, as a third state. Without LayerNorm a fresh layer
-    passes on little of its input, and SE's gates make that less: use few layers there.
+    Without LayerNorm a fresh layer passes on little of its input: use few layers there.
     """
 
     states = 3                                                    # h, c and m

@@ -68,6 +68,14 @@ def draw(number, channels=2, size=(4, 8)):
     return [torch.randn(1, channels, *size, dtype=torch.float64) for _ in range(number)]
 
 
+def attended(se, h, c):
+    """Part 1 of SE: what its first large convolution reads, (B, scales·C, H, 2W)."""
+    read = []
+    with se.fuse.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])):
+        se(h, c)
+    return read[0]
+
+
 def same(got, want):
     np.testing.assert_allclose(got[0].detach().numpy(), want, atol=1e-11)
 
@@ -197,40 +205,12 @@ def test_cut_and_join(s):
     assert set(tokens[0, 0, :, 0].tolist()) == set(corner[:, 0, 0].flatten().tolist())
 
 
-def test_one_pixel_of_c_is_seen_inside_its_block_only():
-    """At every scale, before the 5×5: in H's half and in C's half alike, everywhere in the block and nowhere else."""
-    se = randomize(SpatiotemporalExpression(3))
-    h, c = draw(2, 3, (8, 16))
-    y, x = 2, 9
-    moved = c.clone()
-    moved[..., y, x] += 1
-    change = (se.attend(torch.cat([h, moved], 3)) - se.attend(torch.cat([h, c], 3))).abs()[0]    # (9, 8, 32)
-    for change, s in zip(change.chunk(3), (1, 2, 4)):
-        rows, columns = 8 // s, 16 // s
-        inside = torch.zeros(8, 16, dtype=torch.bool)
-        top, left = y // rows * rows, x // columns * columns
-        inside[top : top + rows, left : left + columns] = True
-        for half in change.amax(0).chunk(2, 1):                   # H's, C's
-            assert (half[~inside] == 0).all() and (half[inside] > 0).all()
-
-
-def test_scale_1_is_attention_over_all_tokens():
-    """Plain softmax(QᵀK)V over the 2·H·W positions of H and C, whatever their order, plus the shortcut."""
-    se = randomize(SpatiotemporalExpression(3, scales=(1,)))
-    h, c = draw(2, 3)
-    z = torch.cat([h.flatten(2), c.flatten(2)], 2)[0]             # (C, 2HW)
-    q, k, v = (se.qkv.weight[:, :, 0, 0] @ z + se.qkv.bias[:, None]).chunk(3)
-    attended = (torch.softmax(q.T @ k, -1) @ v.T).T + z
-    got = torch.cat([half.flatten(2) for half in se.attend(torch.cat([h, c], 3)).chunk(2, 3)], 2)[0]
-    torch.testing.assert_close(got, attended, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("variant", ["full", "se2", "predrnn_no_ce", "sa_convlstm_no_ce"])
 def test_attention_maps_are_the_softmax(variant):
     """What a point attends to, times Value, is what SE computes at the point; per scale over H and C, of sum 1."""
     model = randomize(CMSLSTM(size=(32, 64), hidden=3, layers=2, variant=variant))
     frames, se, read = torch.rand(2, 3, 1, 32, 64, dtype=torch.float64), model.cells[1].se, []
-    se.register_forward_pre_hook(lambda _, both: read.append(torch.cat(both, 3)))
+    se.register_forward_pre_hook(lambda _, both: read.append(both))
     for y, x in ((9, 39), (31, 0)):
         read.clear()
         weights = maps(model, frames, horizon=1, point=(y, x))["attention"][1]
@@ -240,10 +220,11 @@ def test_attention_maps_are_the_softmax(variant):
             torch.testing.assert_close(side_by_side.sum((2, 3)), torch.ones(2, 3, dtype=torch.float64))
             inside = (side_by_side > 0).sum((2, 3))
             assert (inside == 2 * 8 * 16 // s**2).all()           # a block of H and that of C, 0 outside
-            for t, z in enumerate(read):
+            for t, (h, c) in enumerate(read[:3]):
+                z = torch.cat([h, c], 3)
                 value = se.qkv(z).chunk(3 * len(se.scales), 1)[3 * n + 2]
                 want = (value * side_by_side[:, t, None]).sum((2, 3)) + z[:, :, y // 4, x // 4]
-                torch.testing.assert_close(se.attend(z)[:, 3 * n : 3 * n + 3, y // 4, x // 4], want)
+                torch.testing.assert_close(attended(se, h, c)[:, 3 * n : 3 * n + 3, y // 4, x // 4], want)
 
 
 def test_no_score_matrix_is_stored():
@@ -312,17 +293,3 @@ def test_maps():
                               predrnn_full={"layers", "ce_input", "attention"}).items():
         model = CMSLSTM(size=16, hidden=8, variant=variant)
         assert set(maps(model, torch.rand(1, 3, 1, 16, 16), point=(8, 8))) == keys
-
-
-@pytest.mark.parametrize("variant", ["se1", "predrnn_full", "sa_convlstm_no_ce"])
-def test_all_layouts_of_memory_give_the_same(variant):
-    """`se1` left four axes in channels-last memory, which pixel_shuffle refuses on the CPU."""
-    model = CMSLSTM(size=16, setup="fullres", hidden=4, layers=2, channels=2, patch=2, variant=variant).double()
-    frames = torch.rand(2, 3, 2, 16, 16, dtype=torch.float64)
-    want = model(frames, horizon=1)
-    for order in ((0, 1, 3, 4, 2), (0, 2, 3, 4, 1)):              # stored as (B, T, H, W, C) and (B, C, H, W, T)
-        back = [order.index(axis) for axis in range(5)]
-        for layout in (torch.contiguous_format, torch.channels_last):
-            model.to(memory_format=layout)
-            got = model(frames.permute(order).contiguous().permute(back), horizon=1)
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
