@@ -52,11 +52,11 @@ def count(name, row, size=None, upsampling=0):
 @pytest.mark.parametrize("name, setup, variant", CASES)
 def test_every_step_costs_the_same(name, setup, variant):
     model, counts = small(name, setup, variant), []
-    for steps in (1, 2, 5):
+    for steps in (1, 3):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             predictions_and_loss(model, torch.rand(1, 1 + steps, 1, 16, 16))
         counts.append(counter.get_total_flops() / steps)
-    assert counts[0] == counts[1] == counts[2] > 0
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
