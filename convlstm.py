@@ -5,19 +5,18 @@ From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The a
     X. Shi, Z. Chen, H. Wang, D.-Y. Yeung, W.-K. Wong, W.-C. Woo.
     "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting." NeurIPS 2015.
 
-A fully connected LSTM flattens its input and loses the positions in it. ConvLSTM keeps input, hidden state and cell state
-as feature maps and replaces every matrix product by a convolution, so that each position is updated from its neighbours
-one step earlier: motion becomes a local, translation-invariant rule. All other models in this project build on this cell.
+A fully connected LSTM flattens its input and loses the positions in it. ConvLSTM keeps input, hidden state and cell
+state as feature maps and replaces every matrix product by a convolution: each position is updated from its neighbours
+one step earlier, so motion becomes a local, translation-invariant rule. All models in this project build on this cell.
 
     frame t ──patch──embed──▶ cell 1 ──H──▶ cell 2 ──H──▶ … ──▶ cell L ──output──unpatch──▶ prediction of frame t + 1
                               ↻ H, C        ↻ H, C              ↻ H, C           (each ↻ runs from t to t + 1)
 
     model = ConvLSTM(channels=1, size=64)                       # variants and set-ups: at the end of this file
     forecast = model(frames, horizon=10)[:, -10:]               # (B, T, C, H, W) in [0, 1] -> the 10 frames that follow
-    mask = torch.rand(19, B) < torch.tensor(model.truth_probability(k, iterations, 10, 19))[:, None]
-    loss = ((model(frames, use_truth=mask) - frames[:, 1:]) ** 2).sum((2, 3, 4)).mean()     # 20 frames; then backward
+    loss = ((model(frames) - frames[:, 1:]) ** 2).sum((2, 3, 4)).mean()
 
-Eq. 2 is that of the MS-LSTM paper (Z. Ma et al. 2023), in its letters: without peepholes, like all later papers. Eq. 3
+Eq. 2 is that of the MS-LSTM paper (Z. Ma et al. 2023), in its letters: without peepholes, as in all later papers. Eq. 3
 is that of Shi et al., with peepholes.
 """
 
@@ -85,7 +84,7 @@ class ConvLSTM(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
         self.hidden, self.patch = hidden, patch
-        self.one_size = setup == "patch4" or variant == "peephole"    # LayerNorm, peepholes: a checkpoint fits one size only
+        self.one_size = setup == "patch4" or variant == "peephole"    # weights of the shape of the maps
         self.check((1, 1, channels, height, width))
 
         norm, tokens, grid = setup == "patch4", channels * patch**2, (height // patch, width // patch)
@@ -166,8 +165,8 @@ VARIANTS = {
     "peephole": "with the peepholes of Shi et al. 2015: the gates also see the cell state",
 }
 DEFAULT_SETUP = "patch4"
-# patch4: frames in 4×4 patches, LayerNorm (the SA-ConvLSTM, CMS-LSTM and MoDeRNN papers; the patch, where LayerNorm stands
-# and what they leave out of the training are PredRNN's and CMS-LSTM's code's). fullres: neither (the MS-LSTM paper).
+# patch4: frames in 4×4 patches, LayerNorm (the SA-ConvLSTM, CMS-LSTM and MoDeRNN papers; what they leave out is from
+# PredRNN's and CMS-LSTM's code). fullres: no patches, no LayerNorm (the MS-LSTM paper).
 NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=5),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),

@@ -87,7 +87,7 @@ class SelfAttentionMemory(nn.Module):
             z = attend(q, k, v)                                   # Eq. 2-4   Z_h
             if self.kv_m is not None:
                 k, v = self.kv_m(m).chunk(2, 1)                   # K_m = W_mk M_{t-1}, V_m = W_mv M_{t-1}
-                z = torch.cat([z, attend(q, k, v)], 1)            # Eq. 5-7   Z_m, queried by Q_h; [Z_h; Z_m] (B, 2C, H, W)
+                z = torch.cat([z, attend(q, k, v)], 1)            # Eq. 5-7   Z_m, for the queries Q_h; [Z_h; Z_m]
             z = self.fuse(z).to(h.dtype)                          # §3.2   Z = W_z [Z_h; Z_m]
             z_and_h = torch.cat([z, h], 1)                        # [Z; H_t]  (B, 2C, H, W)
         # Eq. 8   i' = σ(W_m;zi * Z + W_m;hi * H_t + b_m;i)     g' = tanh(W_m;zg * Z + W_m;hg * H_t + b_m;g)

@@ -85,8 +85,8 @@ def test_published_cost(name, row):
 
 @pytest.mark.parametrize("row", MS_LSTM, ids=lambda row: f"{row['variant']}-{row['data']}")
 def test_ms_lstm_with_its_up_sampling(row):
-    """The paper's counts include the bilinear up-sampling, at 11 operations per pixel of its output, as those of thop, a
-    common counter, do. With it every row comes out, 64.5G and 257.9G too, and Table 7's 260.6G at 212×212 pixels."""
+    """The paper's counts include the bilinear up-sampling, at 11 operations per pixel of its output, as in thop, a common
+    counter. With it every row comes out, 64.5G and 257.9G too, and Table 7's 260.6G at 212×212 pixels."""
     size = 212 if row["data"] == "germany" else None
     macs = sum(count("ms_lstm", row, size, upsampling=11)[1].values())
     assert as_printed(macs, row["macs"]) == row["macs"]

@@ -46,7 +46,7 @@ def test_parameters(setup, variant, parameters):
 
 
 def test_multiply_accumulates():
-    """Those of test_costs.py are of a training step. A prediction does not run W_dec, and V2's costs what PredRNN's does."""
+    """test_costs.py counts training steps. A prediction alone does not run W_dec: V2's costs what PredRNN's costs."""
     assert round(count_macs(PredRNN, 20) / 1e9, 1) == 32.0
     assert round(count_macs(PredRNN, 20, setup="fullres", variant="v2") / 1e9, 1) == 69.8
 

@@ -150,7 +150,8 @@ def test_attention_maps(setup, variant, point, patch):
         assert [*weights] == ATTENDS[variant]
         for step in range(4):
             if variant == "base":
-                pairs = [block.qkv(inputs[block][step][0]).chunk(3, 1)[:2] for block in (cell.attend_x, cell.attend_h)]
+                blocks = cell.attend_x, cell.attend_h
+                pairs = [block.qkv(inputs[block][step][0]).chunk(3, 1)[:2] for block in blocks]
             else:
                 h, m = inputs[cell.memory][step]
                 q, k, _ = cell.memory.qkv_h(h).chunk(3, 1)
