@@ -5,10 +5,10 @@ From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The a
     Z. Chai, C. Yuan, Z. Lin, Y. Bai. "CMS-LSTM: Context-Embedding and Multi-Scale Spatiotemporal-Expression LSTM for
     Video Prediction." ICME 2022.
 
-Two blocks surround a ConvLSTM cell. Context-Embedding (CE), before the gates: a convolution of the context H_{t-1} makes
-weights for the input X_t, a convolution of the new input makes weights for the context, and so on, five times in turn.
-Spatiotemporal-Expression (SE), after the gates: H_t and C_t attend to themselves and to each other, over the whole map,
-within each of its four quarters and within each of its sixteen sixteenths; gates write the result into both.
+Two blocks surround a ConvLSTM cell. Context-Embedding (CE), before the gates: a convolution of the context H_{t-1}
+makes weights for the input X_t, a convolution of the new input makes weights for the context, and so on, five times in
+turn. Spatiotemporal-Expression (SE), after the gates: the positions of H_t and C_t attend to one another, over the
+whole map, within the blocks of a 2×2 grid and within those of a 4×4 grid; gates write the result into both states.
 
                                           C_{t-1}
                                             ▼
@@ -52,8 +52,8 @@ class ContextEmbedding(nn.Module):
         self.steps = steps
 
     def forward(self, x, h):
-        # "5-layer stacked CE blocks" would be ten half-steps; the released code makes five: X, H, X, H, X. All of them
-        # share the two convolutions.
+        # "5-layer stacked CE blocks" would be ten half-steps; the released code makes five: X, H, X, H, X. They share
+        # the two convolutions.
         for step in range(self.steps):
             if step % 2 == 0:
                 # Eq. 1   X̂_t = 2 × σ(W_H * H_{t-1} + b_H) ∘ X_t
@@ -67,14 +67,14 @@ class ContextEmbedding(nn.Module):
 class SpatiotemporalExpression(nn.Module):
     """SE, §3.2: h and c (B, C, H, W) attend to themselves and to each other at several scales -> ĥ and ĉ.
 
-    kernel: of its three large convolutions, odd. size, norm: as the cell's. scales: s cuts both maps into s × s blocks,
-    so H and W must be multiples of every s.
+    kernel: of its three large convolutions, odd. size, norm: as the cell's. scales: each s cuts both maps into s × s
+    blocks, so H and W must be multiples of it.
     """
 
     def __init__(self, channels, kernel=5, size=None, norm=False, scales=(1, 2, 4)):
         super().__init__()
         self.scales = scales
-        # Query, Key and Value of every scale, one after the other. H and C share them: "weight-shared", §3.2.
+        # Query, Key and Value of every scale, one after the other; H and C share them ("weight-shared", §3.2).
         self.qkv = nn.Conv2d(channels, 3 * len(scales) * channels, 1)
         self.fuse = nn.Conv2d(len(scales) * channels, channels, kernel, padding=kernel // 2)
         self.norm_a = nn.LayerNorm([channels, size[0], 2 * size[1]]) if norm else nn.Identity()
@@ -84,8 +84,8 @@ class SpatiotemporalExpression(nn.Module):
         self.norm_c = nn.LayerNorm([channels, *size]) if norm else nn.Identity()
 
     def forward(self, h, c):
-        # Part 1. The text's Z ∈ C×H×W×2 would keep H and C apart. The released code puts them side by side: at the seam
-        # the 5×5 convolution reads both, and LayerNorm is over both.
+        # Part 1. The text's Z ∈ C×H×W×2 would keep H and C apart. The released code puts them side by side: the 5×5
+        # convolution reads both at the seam, and LayerNorm is over both.
         z, z_hat = torch.cat([h, c.to(h.dtype)], 3), []           # (B, C, H, 2W)
         for s, qkv in zip(self.scales, self.qkv(z).chunk(len(self.scales), 1)):
             q, k, v = cut(qkv, s).chunk(3, -1)                    # each (B, s², 2HW/s², C)
@@ -105,11 +105,11 @@ class SpatiotemporalExpression(nn.Module):
 
 
 def cut(z, s):
-    """H and C side by side, z (B, n, H, 2W), as sequences of tokens (B, s², 2HW/s², n): each block of H with that of C.
+    """Cut H and C into s × s blocks: z (B, n, H, 2W) -> one sequence of tokens per block, (B, s², 2HW/s², n).
 
     s = 2:   ┌─── H ───┬─── C ───┐
-             │  a │  b │  a │  b │      four blocks of each: a, b, c and d
-             │  c │  d │  c │  d │      all positions of both a are one sequence
+             │  a │  b │  a │  b │      four sequences: the positions of both a, of both b,
+             │  c │  d │  c │  d │      of both c and of both d
              └─────────┴─────────┘
     """
     B, n, height, width = z.shape
@@ -130,8 +130,7 @@ class CMSLSTMCell(nn.Module):
     """One layer, Eq. 5: CE, a ConvLSTM step, SE.
 
     x, h and c (B, hidden, H, W) -> the new h and c. kernel: of CE and the gates. size: the (H, W) of the maps. norm:
-    LayerNorm after every large convolution and on the cell state (`patch4`). ce: False for no CE. scales: of SE; () for
-    no SE.
+    LayerNorm after the large convolutions and on the cell state (`patch4`). ce: False for no CE. scales: () for no SE.
     """
 
     states = 2                                                    # h and c
@@ -166,8 +165,8 @@ class CMSLSTM(nn.Module):
     """A stack of CMS-LSTM layers that reads frames and predicts the next one.
 
     channels, size (int or (H, W)): of a frame, each side a multiple of the patch times SE's largest scale. setup:
-    "patch4" or "fullres". variant: a key of VARIANTS. hidden, layers, kernel (of CE and the gates, odd), patch: in place
-    of the set-up's. ValueError for what cannot be built.
+    "patch4" or "fullres". variant: a key of VARIANTS. hidden, layers, kernel (of CE and the gates, odd), patch: in
+    place of the set-up's. ValueError for what cannot be built.
     """
 
     def __init__(self, channels=1, size=64, setup="patch4", variant="full",
@@ -200,8 +199,8 @@ class CMSLSTM(nn.Module):
                              "none of these 0, and T + horizon at least 2")
         height, width = shape[3:]
         if height % self.unit or width % self.unit:
-            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch times SE's largest "
-                             f"scale, {self.unit}")
+            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of {self.unit}, "
+                             "the patch times SE's largest scale")
         if self.one_size and (height, width) != self.size:
             raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
                              f"build the model with size=({height}, {width})")
@@ -210,7 +209,7 @@ class CMSLSTM(nn.Module):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) or (h, c, m) per layer] -> of the next."""
         h, new_state = self.embed(x), []
         for cell, before in zip(self.cells, state):
-            if isinstance(cell, PredRNNCell):                     # M of the layer below; at the bottom, of the top at t - 1
+            if isinstance(cell, PredRNNCell):                     # M is from below; at the bottom, from the last top
                 before = (*before[:2], (new_state or state)[-1][2])
             new_state.append(cell(h, *before))
             h = new_state[-1][0]
@@ -252,9 +251,9 @@ def maps(model, frames, horizon=0, point=None):
     """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
 
     "layers": "H", the hidden state Ĥ_t, (B, steps, hidden, H/p, W/p). With CE, "ce_input": "X before CE" and "X after
-    CE", the same shape. With SE and a point, a pixel (y, x) of the frame, "attention": how much H_t at the patch of that
-    pixel attends to each patch of H_t ("scale 1, H") and of C_t ("scale 1, C"), and so at every scale,
-    (B, steps, H/p, W/p): the softmax of Eq. 2, of sum 1 over the two, 0 outside the pixel's block.
+    CE", of the same shape. With SE and a point, a pixel (y, x) of the frame, also "attention": how much H_t at the
+    patch of that pixel attends to each patch of H_t and of C_t, "scale 1, H", "scale 1, C" and so on, (B, steps, H/p,
+    W/p): the softmax of Eq. 2, of sum 1 over H and C at each scale, and 0 outside the pixel's block.
     """
     modules, outputs = [model.embed, *model.cells], defaultdict(list)       # outputs: those of a module, one per step
     for cell in model.cells:
@@ -278,9 +277,9 @@ def maps(model, frames, horizon=0, point=None):
             scores = torch.einsum("btc,btchw->bthw", q[..., y, x], k).unflatten(3, (2, width))
             rows, columns = height // s, width // s               # of a block
             top, left = y // rows * rows, x // columns * columns
-            block = torch.full_like(scores, -torch.inf)           # 0 where the query's block is, in H and in C
-            block[:, :, top : top + rows, :, left : left + columns] = 0
-            alpha = (scores + block).flatten(2).softmax(2).view_as(scores)              # (B, steps, H, 2, W)
+            block = (..., slice(top, top + rows), slice(None), slice(left, left + columns))         # in H and in C
+            alpha = torch.zeros_like(scores)                      # (B, steps, H, 2, W)
+            alpha[block] = scores[block].flatten(2).softmax(2).view_as(scores[block])
             weights[f"scale {s}, H"], weights[f"scale {s}, C"] = alpha.unbind(3)
         return weights
 
@@ -297,8 +296,8 @@ def maps(model, frames, horizon=0, point=None):
     return dict(pictures)
 
 
-# Transplants (Table 3): CE and SE around two other cells. The paper has no equations for them and their code was never
-# released: they are a reading of Eq. 5. Their gates are 3×3, as this file's, so that the rows of the table compare.
+# Transplants (Table 3): CE and SE around two other cells. They are a reading of Eq. 5: the paper has no equations for
+# them, and their code was never released. Their gates are 3×3 like those above, so that the rows of the table compare.
 
 
 class PredRNNCell(nn.Module):
@@ -361,7 +360,7 @@ class SAConvLSTMCell(CMSLSTMCell):
         k_m, v_m = kv_m.chunk(2, -1)
         z_h = F.scaled_dot_product_attention(q, k_h, v_h, scale=1.0)
         z_m = F.scaled_dot_product_attention(q, k_m, v_m, scale=1.0)
-        z = torch.cat([z_h, z_m], -1)[:, 0].mT.unflatten(2, h.shape[2:])                # [Z_h; Z_m]  (B, 2·hidden, H, W)
+        z = torch.cat([z_h, z_m], -1)[:, 0].mT.unflatten(2, h.shape[2:])          # [Z_h; Z_m]  (B, 2·hidden, H, W)
         i, g, o = self.gates(torch.cat([self.fuse(z).to(h.dtype), h], 1)).to(m.dtype).chunk(3, 1)
         i, g, o = torch.sigmoid(i), torch.tanh(g), torch.sigmoid(o)
         m = (1 - i) * m + i * g                                   # M_t = (1 − i') ∘ M_{t-1} + i' ∘ g'
@@ -401,10 +400,10 @@ NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=3),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
-# How the papers train it; on Moving MNIST also for 400,000 iterations. Only the released code has `sampling`, the part of
-# the iterations over which ε falls from 1 to 0; `final_lr`, the end of a cosine; and `reverse`, every batch once more,
-# backwards in time. `epochs` stands where the paper counts them instead of iterations; `data` overrides for one dataset:
-# KTH's loss and typhoon's iterations are those of SA-ConvLSTM and MoDeRNN, as this paper has neither.
+# How the papers train it; on Moving MNIST also for 400,000 iterations. Only the released code has `sampling`, the part
+# of the iterations over which ε falls from 1 to 0; `final_lr`, to which the rate falls along a cosine; and `reverse`,
+# every batch once more, backwards in time. `epochs` stands where the paper counts them instead of iterations; `data`
+# overrides for one dataset. This paper has neither KTH nor typhoon: SA-ConvLSTM's loss, MoDeRNN's iterations.
 TRAINING = {
     "patch4": dict(optimizer="adamw", weight_decay=0.01, lr=1e-3, final_lr=1e-6, batch=8, iterations=80_000, loss="l2",
                    sampling=0.5, reverse=True,

@@ -6,8 +6,8 @@ From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The a
     ICASSP 2022.
 
 In a ConvLSTM the input X_t and the context H_{t-1} meet only as a sum inside the gates. Here a Detail Context Block
-(DCB) lets them interact first: convolutions of three sizes turn the context into weights Attn_H in (0, 1), by which the
-input is multiplied; the new input reweights the context in the same way, and so on, five times in turn.
+(DCB) lets them interact first: convolutions of three sizes turn the context into weights Attn_H in (0, 1), which the
+input is multiplied with; the new input reweights the context in the same way, and so on, five times in turn.
 
     X_t ──────▶ ∘ ───┬─────▶ ∘ ───┬─────▶ ∘ ──▶ X̂_t ─────┐              X_t: H_t of the layer below;
                 ▲    ▼       ▲    ▼       ▲              │              in the bottom layer, the frame
@@ -49,9 +49,9 @@ class DetailContextBlock(nn.Module):
 
     def forward(self, x, h):
         mean_h, mean_x = mean_of(self.conv_h, self.norm), mean_of(self.conv_x, self.norm)
-        # Eq. 2 as printed multiplies the wrong tensors: X̂_t = s × Attn_H × H_{t-1} would keep X_t out of the cell. Steps
-        # 1 and 2 of §2.2 and the released code say what is meant. "m stacked DCB": as released, five half-steps that
-        # share their weights, and s = 2. n is the number of kernels, the paper's |k|.
+        # Eq. 2 as printed multiplies the wrong tensors: X̂_t = s × Attn_H × H_{t-1} would keep X_t out of the cell.
+        # Steps 1 and 2 of §2.2 and the released code say what is meant. "m stacked DCB" are five half-steps that share
+        # their weights, as released; so is s = 2. n is the number of kernels, the paper's |k|.
         for half_step in range(5):
             if half_step % 2 == 0:
                 attn = self.attn_h(mean_h(h)).to(x.dtype)         # Eq. 2   Attn_H = σ(Σ_k W_h^{k×k} * H / n)
@@ -220,15 +220,15 @@ VARIANTS = {
 }
 DCB_KERNELS = dict(full=(3, 5, 7), no_dcb=(), k3=(3,), k5=(5,), k7=(7,), k35=(3, 5))
 DEFAULT_SETUP = "patch4"
-# patch4: frames in 4×4 patches, LayerNorm. The gates' kernel is the released script's; §2.3 says 5×5. Neither gives the
-# published 4.590M parameters. fullres: no patches, no LayerNorm, as in the MS-LSTM paper, which omits this model.
+# patch4: frames in 4×4 patches, LayerNorm. The gates' kernel is the released script's; §2.3 says 5×5. Neither gives
+# the published 4.590M parameters. fullres: no patches, no LayerNorm, as in the MS-LSTM paper, which omits this model.
 NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=3),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
-# How the papers train it. Only the released code has `sampling`, the part of the iterations over which ε falls from 1 to
-# 0; `final_lr`, the end of a cosine; and `reverse`, every batch once more, backwards in time. `epochs` stands where the
-# paper counts them instead of iterations; `data` overrides for one dataset.
+# How the papers train it. Only the released code has `sampling`, the part of the iterations over which ε falls from 1
+# to 0; `final_lr`, to which the rate falls along a cosine; and `reverse`, every batch once more, backwards in time.
+# `epochs` stands where the paper counts them instead of iterations; `data` overrides for one dataset.
 TRAINING = {
     "patch4": dict(optimizer="adamw", weight_decay=0.01, lr=1e-3, final_lr=1e-6, batch=32, iterations=80_000,
                    loss="l1+l2", sampling=0.5, reverse=True,

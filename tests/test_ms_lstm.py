@@ -8,7 +8,7 @@ from literal import apply, arrays, conv2d, layer_norm, randomize, sigmoid
 from torch import nn
 
 from convlstm import ConvLSTM
-from ms_lstm import MSLSTM, ConvLSTMCell, MKLSTMCell, maps
+from ms_lstm import MSLSTM, MKLSTMCell, maps
 
 
 def literal_mk_lstm(w, x, h, c, c_wide, norm):
@@ -80,7 +80,7 @@ def test_pyramid_is_figure_2():
         x = conv2d(h5, w["output.weight"], w["output.bias"])
         np.testing.assert_allclose(predictions[0, t].detach().numpy(), x, atol=1e-10)
         for got, want in zip(layers, (h0, h1, h2, h3, h4, h5)):
-            np.testing.assert_allclose(got["H"][0, t].numpy(), want, atol=1e-10)
+            np.testing.assert_allclose(got["H"][0, t], want, atol=1e-10)
 
 
 @pytest.mark.parametrize("setup", ["patch4", "fullres"])
@@ -105,17 +105,13 @@ def test_any_even_number_of_layers_mirrors(layers, depths):
 def test_odd_layers_and_sizes_that_do_not_halve_are_refused(variant):
     with pytest.raises(ValueError, match="layers=5: .* even"):
         MSLSTM(variant=variant, layers=5)
-    with pytest.raises(ValueError, match="62×64: .* multiple of .* 4$"):
+    with pytest.raises(ValueError, match="62×64: .* multiple of 4,"):
         MSLSTM(variant=variant, size=(62, 64))
-    with pytest.raises(ValueError, match="36×36: .* multiple of .* 8$"):
+    with pytest.raises(ValueError, match="36×36: .* multiple of 8,"):
         MSLSTM(variant=variant, setup="patch4", size=36)
     MSLSTM(variant=variant, size=(60, 180), hidden=2)
-
-
-def test_without_a_pyramid_any_layers_and_sizes_go():
-    frames = torch.rand(1, 3, 1, 13, 10)
-    for variant in ("convlstm", "tms"):
-        assert MSLSTM(variant=variant, layers=3, size=(13, 10), hidden=2)(frames).shape == (1, 2, 1, 13, 10)
+    alone = MSLSTM(variant=dict(sms="convlstm", full="tms")[variant], layers=3, size=(13, 10), hidden=2)    # any will do
+    assert alone(torch.rand(1, 3, 1, 13, 10)).shape == (1, 2, 1, 13, 10)
 
 
 class ConvGRUCell(nn.Module):
@@ -144,19 +140,10 @@ def test_a_foreign_cell_fits_in(variant, sizes):
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_cell_and_pyramid_are_independent():
-    """SMS-LSTM with MK-LSTM cells is MS-LSTM, whatever the variant's own cell."""
-    frames, full = torch.rand(1, 3, 1, 8, 8), MSLSTM(size=8, hidden=4)
-    swapped = MSLSTM(size=8, hidden=4, variant="sms", cell=MKLSTMCell)
-    swapped.load_state_dict(full.state_dict())
-    torch.testing.assert_close(swapped(frames), full(frames), rtol=0, atol=0)
-    assert isinstance(MSLSTM(size=8, hidden=4, cell=ConvLSTMCell).cells[0], ConvLSTMCell)
-
-
-def test_kernel_sets_both_kernels():
-    cell = MSLSTM(size=8, hidden=2, kernel=5).cells[0]
-    assert cell.x2h.kernel_size == cell.h2h.kernel_size == cell.c2o.kernel_size == (5, 5)
-    assert cell.x2h_wide.kernel_size == cell.h2h_wide.kernel_size == cell.c2o_wide.kernel_size == (7, 7)
+def test_the_second_kernel_is_two_wider():
+    for name, layer in MSLSTM(size=8, hidden=2, kernel=5).cells[0].named_children():
+        if name not in ("mix", "norm_c", "norm_c_wide"):
+            assert layer.kernel_size == ((7, 7) if name.endswith("_wide") else (5, 5))
 
 
 @pytest.mark.parametrize("setup, variant, parameters", [
@@ -186,10 +173,10 @@ def test_receptive_field_of_the_encoder(variant, field):
     """
     model = MSLSTM(size=96, hidden=8, variant=variant).double()
     frames = torch.rand(4, 2, 1, 96, 96, dtype=torch.float64, requires_grad=True)
-    layers = []
-    model.cells[2].register_forward_hook(lambda _, inputs, outputs: layers.append(outputs[0]))
+    read = []                                                     # (4, hidden, 96 or 24, 96 or 24), after one step
+    model.cells[2].register_forward_hook(lambda _, inputs, outputs: read.append(outputs[0]))
     model(frames)
-    h = layers[0]                                                 # (4, hidden, 96 or 24, 96 or 24), after one step
+    h = read[0]
     # A max-pooling passes the gradient to the largest pixel only: channels and random frames together show them all.
     h[:, :, h.shape[2] // 2, h.shape[3] // 2].sum().backward()
     seen = (frames.grad[:, 0, 0] != 0).any(0)                     # (96, 96)
