@@ -190,7 +190,7 @@ def maps(model, frames, horizon=0, point=None):
     """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
 
     "layers": "H", the hidden state, and "weights" (Fig. 3): "Attn_H" and "Attn_X", the last of each in a step; all
-    (B, steps, hidden, H/p, W/p). `point` is not used here: it is for models with attention.
+    (B, steps, hidden, H/p, W/p). There is no attention to points, and `point` is not used.
     """
     modules, outputs = [*model.cells], defaultdict(list)          # outputs: those of a module, call by call
     if model.variant != "no_dcb":

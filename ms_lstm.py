@@ -22,8 +22,6 @@ and 5×5 for faster motion, each with a cell state of its own, that share one ou
 Where the paper is silent, a comment at the line says what is done here. Its equations have no biases.
 """
 
-from collections import defaultdict
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -86,7 +84,8 @@ class MKLSTMCell(nn.Module):
         self.forget_offset = 1.0 if norm else 0.0
 
     def forward(self, x, h, c, c_wide):
-        # Eq. 3   i_3×3, f_3×3, g_3×3 as i, f, g of Eq. 2; i_5×5, f_5×5, g_5×5 alike with W'
+        # Eq. 3   i_3×3 = σ(W_ix * X_t + W_ih * H_{t-1})          f_3×3 = σ(W_fx * X_t + W_fh * H_{t-1})
+        #         g_3×3 = tanh(W_gx * X_t + W_gh * H_{t-1})       i_5×5, f_5×5, g_5×5 alike, with W'
         i, f, g, o = (self.x2h(x) + self.h2h(h)).to(c.dtype).chunk(4, 1)                # each (B, hidden, H, W)
         i, f, g = torch.sigmoid(i), torch.sigmoid(f + self.forget_offset), torch.tanh(g)
         c = self.norm_c(f * c + i * g)                            # Eq. 3   C_t = f_3×3 ∘ C_{t-1} + i_3×3 ∘ g_3×3
@@ -139,7 +138,7 @@ class MSLSTM(nn.Module):
         self.embed = nn.Conv2d(tokens, hidden, 1)
         self.cells = nn.ModuleList(cell(hidden, hidden, kernel, grid, norm) for grid in grids)
         self.output = nn.Conv2d(hidden, tokens, 1)
-        if not norm:                                              # faster by a tenth; LayerNorm would copy
+        if not norm:                                              # a tenth faster; LayerNorm would have to copy
             self.to(memory_format=torch.channels_last)
 
     def check(self, shape, horizon=1):
@@ -205,17 +204,17 @@ class MSLSTM(nn.Module):
 def maps(model, frames, horizon=0, point=None):
     """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
 
-    "layers" (Fig. 4 and 5): "H", the hidden state, (B, steps, hidden, h, w), h and w those of the layer. `point` is
-    not used here: it is for models with attention.
+    "layers" (Fig. 4 and 5): "H", the hidden state, (B, steps, hidden, h, w) with the layer's own h and w. There is no
+    attention, and `point` is not used.
     """
-    outputs = defaultdict(list)                                   # those of a module, one per step
-    hooks = [m.register_forward_hook(lambda m, inputs, output: outputs[m].append(output)) for m in model.cells]
+    states = {cell: [] for cell in model.cells}                   # H of a layer, one per step
+    hooks = [m.register_forward_hook(lambda m, inputs, output: states[m].append(output[0])) for m in states]
     try:
         model(frames, horizon)
     finally:
         for hook in hooks:
             hook.remove()
-    return {"layers": [{"H": torch.stack([h for h, *_ in outputs[cell]], 1)} for cell in model.cells]}
+    return {"layers": [{"H": torch.stack(steps, 1)} for steps in states.values()]}
 
 
 # The rows of Table 1.
