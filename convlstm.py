@@ -7,7 +7,7 @@ From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The a
 
 A fully connected LSTM flattens its input and loses the positions in it. ConvLSTM keeps input, hidden state and cell
 state as feature maps and replaces every matrix product by a convolution: each position is updated from its neighbours
-one step earlier, so motion becomes a local, translation-invariant rule. All models in this project build on this cell.
+one step earlier, so motion becomes a local, translation-invariant rule. The other models extend this cell.
 
     frame t ──patch──embed──▶ cell 1 ──H──▶ cell 2 ──H──▶ … ──▶ cell L ──output──unpatch──▶ prediction of frame t + 1
                               ↻ H, C        ↻ H, C              ↻ H, C           (each ↻ runs from t to t + 1)

@@ -41,8 +41,7 @@ def test_shapes_and_roll_out(name, setup, variant):
     with torch.no_grad():
         one_step, forecast = model(frames), model(frames, horizon=3)
         assert one_step.shape == (2, 4, 1, 16, 16) and forecast.shape == (2, 7, 1, 16, 16)
-        # Observed frames are read alike, and the forecast continues from the model's own predictions: giving these to
-        # the model as observed frames must predict the same again.
+        # The forecast continues from the model's own predictions: given as observed frames, they predict the same.
         torch.testing.assert_close(forecast[:, :4], one_step)
         torch.testing.assert_close(model(torch.cat([frames, forecast[:, 4:6]], 1), horizon=1), forecast)
         # Nothing is kept between calls, and a prediction depends on the past only.
@@ -82,8 +81,7 @@ def test_every_parameter_is_trained(name, setup, variant):
     for step in (model.step, partial(checkpoint, model.step, use_reentrant=False)):
         model.zero_grad()
         model.step = step
-        use_truth = torch.tensor([[1, 1], [1, 0], [0, 1]], dtype=torch.bool)
-        out, loss = predictions_and_loss(model, frames, use_truth=use_truth)
+        out, loss = predictions_and_loss(model, frames, use_truth=torch.tensor([[1, 1], [1, 0], [0, 1]]) == 1)
         (((out - frames[:, 1:]) ** 2).sum() + loss).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients):

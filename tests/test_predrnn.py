@@ -115,7 +115,7 @@ def test_decoupling_loss_teaches_the_gates():
     model(torch.rand(1, 4, 1, 16, 16), with_loss=True)[1].backward()
     assert model.decouple.weight.grad.norm() > 0
     assert all(cell.x2h[0].weight.grad.norm() > 0 for cell in model.cells)
-    assert model.output.weight.grad is None                       # under teacher forcing no prediction is in the loss
+    assert model.output.weight.grad is None                       # no prediction is in this loss, or read again
 
 
 @pytest.mark.parametrize("variant", ["full", "reverse_sampling"])
@@ -150,8 +150,8 @@ def test_decoupling_weight():
 def test_reverse_scheduled_sampling(variant, setup, data, iteration, iterations, rising, falling):
     options = TRAINING[setup]["data"][data]["model"] if data else {}
     model = PredRNN(setup=setup, variant=variant, patch=4, **SMALL, **options)
-    expected = [1] + 3 * [rising] + 3 * [falling]
-    assert model.truth_probability(iteration, iterations, 4, 7) == pytest.approx(expected, abs=1e-12)
+    p = model.truth_probability(iteration, iterations, 4, 7)
+    assert p == pytest.approx([1] + 3 * [rising] + 3 * [falling], abs=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["full", "decouple"])

@@ -136,7 +136,7 @@ def test_sees_the_whole_frame(variant):
 
 @pytest.mark.parametrize("setup", ["patch4", "fullres"])
 @pytest.mark.parametrize("variant", ATTENDS)
-@pytest.mark.parametrize("point, patch", [((0, 0), 0), ((7, 15), 1 * 4 + 3), ((15, 3), 3 * 4 + 0)])       # of 4×4 patches
+@pytest.mark.parametrize("point, patch", [((0, 0), 0), ((7, 15), 1 * 4 + 3), ((15, 3), 3 * 4 + 0)])   # 4×4 patches
 def test_attention_maps(setup, variant, point, patch):
     """The map of a query point, a pixel, is that row of the α that each layer used."""
     model = SAConvLSTM(setup=setup, variant=variant, patch=4, **SMALL)
