@@ -26,8 +26,6 @@ whole map, within the blocks of a 2×2 grid and within those of a 4×4 grid; gat
 Where the paper is silent or contradicts itself, a comment at the line says what is done here. C is `hidden`.
 """
 
-from collections import defaultdict
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -195,15 +193,12 @@ class CMSLSTM(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
-                             "none of these 0, and T + horizon at least 2")
+            raise ValueError(f"frames {tuple(shape)}: must be (B, T, {self.channels}, H, W), T + horizon at least 2")
         height, width = shape[3:]
         if height % self.unit or width % self.unit:
-            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of {self.unit}, "
-                             "the patch times SE's largest scale")
+            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of {self.unit}, patch × scale")
         if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
-                             f"build the model with size=({height}, {width})")
+            raise ValueError(f"frames of {height}×{width}: weights fit one size; build with size=({height}, {width})")
 
     def step(self, x, state):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) or (h, c, m) per layer] -> of the next."""
@@ -238,62 +233,36 @@ class CMSLSTM(nn.Module):
         return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
-        """Scheduled sampling (Bengio et al. 2015): the probability that each of `steps` steps reads the true frame.
-
-        1 inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0.
-        """
+        """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1
+        inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0."""
         epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
         return [1.0] * frames_in + [epsilon] * (steps - frames_in)
 
 
-@torch.no_grad()
-def maps(model, frames, horizon=0, point=None):
-    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
+def ce_input(ce, inputs, output, *_):
+    """For pictures, by a forward hook: X_t and X̂_t, (B, hidden, H, W)."""
+    return inputs[0], output[0]
 
-    "layers": "H", the hidden state Ĥ_t, (B, steps, hidden, H/p, W/p). With CE, "ce_input": "X before CE" and "X after
-    CE", of the same shape. With SE and a point, a pixel (y, x) of the frame, also "attention": how much H_t at the
-    patch of that pixel attends to each patch of H_t and of C_t, "scale 1, H", "scale 1, C" and so on, (B, steps, H/p,
-    W/p): the softmax of Eq. 2, of sum 1 over H and C at each scale, and 0 outside the pixel's block.
-    """
-    modules, outputs = [model.embed, *model.cells], defaultdict(list)       # outputs: those of a module, one per step
-    for cell in model.cells:
-        if cell.ce is not None:
-            modules.append(cell.ce)
-        if cell.se is not None and point is not None:
-            modules.append(cell.se.qkv)
-    hooks = [m.register_forward_hook(lambda m, inputs, output: outputs[m].append(output)) for m in modules]
-    try:
-        model(frames, horizon)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
-    def attention(se):
-        weights, qkv = {}, torch.stack(outputs[se.qkv], 1)        # (B, steps, 3·scales·C, H, 2W)
-        height, width = qkv.shape[3], qkv.shape[4] // 2
-        y, x = point[0] // model.patch, point[1] // model.patch
-        for s, qkv_s in zip(se.scales, qkv.chunk(len(se.scales), 2)):
-            q, k, _ = qkv_s.chunk(3, 2)                           # each (B, steps, C, H, 2W)
-            scores = torch.einsum("btc,btchw->bthw", q[..., y, x], k).unflatten(3, (2, width))
-            rows, columns = height // s, width // s               # of a block
-            top, left = y // rows * rows, x // columns * columns
-            block = (..., slice(top, top + rows), slice(None), slice(left, left + columns))         # in H and in C
-            alpha = torch.zeros_like(scores)                      # (B, steps, H, 2, W)
-            alpha[block] = scores[block].flatten(2).softmax(2).view_as(scores[block])
-            weights[f"scale {s}, H"], weights[f"scale {s}, C"] = alpha.unbind(3)
-        return weights
+def attention(se, inputs, output, y, x):
+    """For pictures, by a forward hook: how much H_t at position (y, x) attends to each position of H_t and of C_t, each
+    (B, H, W), scale by scale: the softmax of Eq. 2, of sum 1 over both, and 0 outside the position's block."""
+    (h, c), weights = inputs, []
+    qkv, (height, width) = se.qkv(torch.cat([h, c.to(h.dtype)], 3)), h.shape[2:]
+    for s, qkv_s in zip(se.scales, qkv.chunk(len(se.scales), 1)):
+        q, k, _ = qkv_s.chunk(3, 1)                               # each (B, C, H, 2W)
+        scores = torch.einsum("bc,bchw->bhw", q[..., y, x], k).unflatten(2, (2, width))
+        top, left = y * s // height * height // s, x * s // width * width // s
+        block = (..., slice(top, top + height // s), slice(None), slice(left, left + width // s))   # in H and in C
+        alpha = torch.zeros_like(scores)                          # (B, H, 2, W)
+        alpha[block] = scores[block].flatten(1).softmax(1).view_as(scores[block])
+        weights += alpha.unbind(2)
+    return weights
 
-    pictures, x = defaultdict(list), outputs[model.embed]         # x: the input of a layer
-    for cell in model.cells:
-        h = [states[0] for states in outputs[cell]]
-        pictures["layers"].append({"H": torch.stack(h, 1)})
-        if cell.ce is not None:
-            x_hat = [x_hat for x_hat, _ in outputs[cell.ce]]
-            pictures["ce_input"].append({"X before CE": torch.stack(x, 1), "X after CE": torch.stack(x_hat, 1)})
-        if cell.se is not None and point is not None:
-            pictures["attention"].append(attention(cell.se))
-        x = h
-    return dict(pictures)
+
+# Pictures: name, block of a cell, function of the block's call, and what it returns.
+MAPS = [("ce_input", "ce", ce_input, ["X before CE", "X after CE"]),
+        ("attention", "se", attention, [f"scale {s}, {state}" for s in (1, 2, 4) for state in "HC"])]
 
 
 # Transplants (Table 3): CE and SE around two other cells. They are a reading of Eq. 5: the paper has no equations for
@@ -446,12 +415,10 @@ MODEL = CMSLSTM
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
-    print("Parameters, and multiply-accumulates of a sequence of 20 frames of 1×64×64")
     for setup in NETWORK:
         for variant, meaning in VARIANTS.items():
             with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
                 model = MODEL(setup=setup, variant=variant)
-                model(torch.empty(1, 2, 1, 64, 64))               # one of 19 steps, which all cost the same
-            parameters = sum(p.numel() for p in model.parameters())
-            macs = 19 * counter.get_total_flops() / 2e9
-            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")
+                model(torch.empty(1, 2, 1, 64, 64))               # one of the 19 steps of 20 frames; all cost the same
+            parameters, macs = sum(p.numel() for p in model.parameters()), 19 * counter.get_total_flops() / 2e9
+            print(f"{setup:8} {variant:18} {parameters:>10,} parameters {macs:7.1f}G multiply-accumulates   {meaning}")

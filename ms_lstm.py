@@ -144,15 +144,12 @@ class MSLSTM(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
-                             "none of these 0, and T + horizon at least 2")
+            raise ValueError(f"frames {tuple(shape)}: must be (B, T, {self.channels}, H, W), T + horizon at least 2")
         height, width = shape[3:]
         if height % self.unit or width % self.unit:
-            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of {self.unit}, "
-                             "the patch times all poolings")
+            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of {self.unit}, patch × pooling")
         if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
-                             f"build the model with size=({height}, {width})")
+            raise ValueError(f"frames of {height}×{width}: weights fit one size; build with size=({height}, {width})")
 
     def step(self, x, state):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c, …) per layer] -> those of the next frame."""
@@ -192,29 +189,10 @@ class MSLSTM(nn.Module):
         return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
-        """Scheduled sampling (Bengio et al. 2015): the probability that each of `steps` steps reads the true frame.
-
-        1 inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0.
-        """
+        """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1
+        inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0."""
         epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
         return [1.0] * frames_in + [epsilon] * (steps - frames_in)
-
-
-@torch.no_grad()
-def maps(model, frames, horizon=0, point=None):
-    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
-
-    "layers" (Fig. 4 and 5): "H", the hidden state, (B, steps, hidden, h, w) with the layer's own h and w. There is no
-    attention, and `point` is not used.
-    """
-    states = {cell: [] for cell in model.cells}                   # H of a layer, one per step
-    hooks = [m.register_forward_hook(lambda m, inputs, output: states[m].append(output[0])) for m in states]
-    try:
-        model(frames, horizon)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {"layers": [{"H": torch.stack(steps, 1)} for steps in states.values()]}
 
 
 # The rows of Table 1.
@@ -263,12 +241,10 @@ MODEL = MSLSTM
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
-    print("Parameters, and multiply-accumulates of a sequence of 20 frames of 1×64×64")
     for setup in NETWORK:
         for variant, meaning in VARIANTS.items():
             with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
                 model = MODEL(setup=setup, variant=variant)
-                model(torch.empty(1, 2, 1, 64, 64))               # one of 19 steps, which all cost the same
-            parameters = sum(p.numel() for p in model.parameters())
-            macs = 19 * counter.get_total_flops() / 2e9
-            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")
+                model(torch.empty(1, 2, 1, 64, 64))               # one of the 19 steps of 20 frames; all cost the same
+            parameters, macs = sum(p.numel() for p in model.parameters()), 19 * counter.get_total_flops() / 2e9
+            print(f"{setup:8} {variant:18} {parameters:>10,} parameters {macs:7.1f}G multiply-accumulates   {meaning}")

@@ -127,14 +127,12 @@ class PredRNN(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
-                             "none of these 0, and T + horizon at least 2")
+            raise ValueError(f"frames {tuple(shape)}: must be (B, T, {self.channels}, H, W), T + horizon at least 2")
         height, width = shape[3:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
         if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
-                             f"build the model with size=({height}, {width})")
+            raise ValueError(f"frames of {height}×{width}: weights fit one size; build with size=({height}, {width})")
 
     def step(self, x, state):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, ([(h, c) per layer], m, overlaps) -> those of the next.
@@ -200,22 +198,6 @@ class PredRNN(nn.Module):
         return [1.0] + [rising] * (frames_in - 1) + [falling] * (steps - frames_in)
 
 
-@torch.no_grad()
-def maps(model, frames, horizon=0, point=None):
-    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
-
-    "layers": "H", the hidden state, (B, steps, hidden, H/p, W/p). There is no attention, and `point` is not used.
-    """
-    states = {cell: [] for cell in model.cells}                   # H of a layer, one per step
-    hooks = [m.register_forward_hook(lambda m, inputs, output: states[m].append(output[0])) for m in states]
-    try:
-        model(frames, horizon)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {"layers": [{"H": torch.stack(steps, 1)} for steps in states.values()]}
-
-
 VARIANTS = {
     "full": "PredRNN (2017): the ST-LSTM and its zigzag memory",
     "v2": "PredRNN-V2 (2022): with the decoupling loss and reverse scheduled sampling",
@@ -248,24 +230,23 @@ TRAINING = {
 }
 # What papers report for this model: figures as they print them, `mse` and the like averaged over the forecast, or,
 # where `over` says so, over all T - 1 predictions (MS-LSTM's released code).
+PATCH4, FULLRES = dict(variant="full", setup="patch4"), dict(variant="full", setup="fullres", params="0.9M")
 PUBLISHED = [
-    dict(variant="full", setup="patch4", data="moving_mnist", source="CMS-LSTM, Tables 1 and 3",
-         psnr=19.603, ssim=0.867, mse=56.8, mae=126.1, params="13.799M",
+    dict(**PATCH4, data="moving_mnist", source="CMS-LSTM, Tables 1 and 3", psnr=19.603, ssim=0.867, mse=56.8, mae=126.1,
+         params="13.799M",
          note="13.799M is another layout: four layers of 64 have 8.555M, and no paper or released code gives 13.799M"),
-    dict(variant="full", setup="patch4", data="taxibj", source="SA-ConvLSTM, Table 3a; CMS-LSTM, Table 2",
+    dict(**PATCH4, data="taxibj", source="SA-ConvLSTM, Table 3a; CMS-LSTM, Table 2",
          mse_frames=[0.318, 0.427, 0.516, 0.595]),
-    dict(variant="full", setup="patch4", data="kth", source="SA-ConvLSTM, Table 3b", psnr=27.55, ssim=0.839),
-    dict(variant="full", setup="patch4", data="typhoon", source="MoDeRNN, Table 2",
-         psnr=27.637, ssim=0.887, mse=7.71, mae=107.3),
-    dict(variant="full", setup="fullres", data="moving_mnist", source="MS-LSTM, Tables 2-3", over="all",
-         ssim=0.845, mse=66.17, mae=118.0, params="0.9M", macs="69.8G"),
-    dict(variant="v2", setup="fullres", data="moving_mnist", source="MS-LSTM, Tables 2-3", over="all",
-         ssim=0.855, mse=61.57, mae=112.9, params="0.9M", macs="70.8G"),
-    dict(variant="full", setup="fullres", data="taxibj", source="MS-LSTM, Tables 4-5",
-         mse_frames=[0.170, 0.222, 0.257, 0.287], params="0.9M", macs="6.4G"),
-    dict(variant="full", setup="fullres", data="kth", source="MS-LSTM, Table 6", params="0.9M", macs="279.3G"),
-    dict(variant="full", setup="fullres", data="germany", source="MS-LSTM, Tables 7-8", params="0.9M", macs="203.5G",
-         csi=[0.380, 0.231, 0.092], hss=[0.533, 0.358, 0.158]),
+    dict(**PATCH4, data="kth", source="SA-ConvLSTM, Table 3b", psnr=27.55, ssim=0.839),
+    dict(**PATCH4, data="typhoon", source="MoDeRNN, Table 2", psnr=27.637, ssim=0.887, mse=7.71, mae=107.3),
+    dict(**FULLRES, data="moving_mnist", source="MS-LSTM, Tables 2-3", over="all", ssim=0.845, mse=66.17, mae=118.0,
+         macs="69.8G"),
+    dict(**FULLRES | dict(variant="v2"), data="moving_mnist", source="MS-LSTM, Tables 2-3", over="all", ssim=0.855,
+         mse=61.57, mae=112.9, macs="70.8G"),
+    dict(**FULLRES, data="taxibj", source="MS-LSTM, Tables 4-5", mse_frames=[0.170, 0.222, 0.257, 0.287], macs="6.4G"),
+    dict(**FULLRES, data="kth", source="MS-LSTM, Table 6", macs="279.3G"),
+    dict(**FULLRES, data="germany", source="MS-LSTM, Tables 7-8", csi=[0.380, 0.231, 0.092], hss=[0.533, 0.358, 0.158],
+         macs="203.5G"),
 ]
 
 MODEL = PredRNN
@@ -273,12 +254,10 @@ MODEL = PredRNN
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
-    print("Parameters, and multiply-accumulates of a sequence of 20 frames of 1×64×64")
     for setup in NETWORK:
         for variant, meaning in VARIANTS.items():
             with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
                 model = MODEL(setup=setup, variant=variant)
-                model(torch.empty(1, 2, 1, 64, 64), with_loss=True)   # one of 19 steps, which all cost the same
-            parameters = sum(p.numel() for p in model.parameters())
-            macs = 19 * counter.get_total_flops() / 2e9
-            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")
+                model(torch.empty(1, 2, 1, 64, 64), with_loss=True)# one of the 19 steps of 20 frames; all cost the same
+            parameters, macs = sum(p.numel() for p in model.parameters()), 19 * counter.get_total_flops() / 2e9
+            print(f"{setup:8} {variant:18} {parameters:>10,} parameters {macs:7.1f}G multiply-accumulates   {meaning}")
