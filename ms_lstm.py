@@ -147,7 +147,7 @@ class MSLSTM(nn.Module):
             raise ValueError(f"frames {tuple(shape)}: must be (B, T, {self.channels}, H, W), T + horizon at least 2")
         height, width = shape[3:]
         if height % self.unit or width % self.unit:
-            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of {self.unit}, patch × pooling")
+            raise ValueError(f"frames of {height}×{width}: sides must be multiples of {self.unit}, patch × poolings")
         if self.one_size and (height, width) != self.size:
             raise ValueError(f"frames of {height}×{width}: weights fit one size; build with size=({height}, {width})")
 
