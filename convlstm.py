@@ -5,19 +5,18 @@ From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The a
     X. Shi, Z. Chen, H. Wang, D.-Y. Yeung, W.-K. Wong, W.-C. Woo.
     "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting." NeurIPS 2015.
 
-A fully connected LSTM flattens its input and loses the positions in it. ConvLSTM keeps input, hidden state and cell state
-as feature maps and replaces every matrix product by a convolution, so that each position is updated from its neighbours
-one step earlier: motion becomes a local, translation-invariant rule. All other models in this project build on this cell.
+A fully connected LSTM flattens its input and loses the positions in it. ConvLSTM keeps input, hidden state and cell
+state as feature maps and replaces every matrix product by a convolution: each position is updated from its neighbours
+one step earlier, so motion becomes a local, translation-invariant rule. The other models extend this cell.
 
     frame t ──patch──embed──▶ cell 1 ──H──▶ cell 2 ──H──▶ … ──▶ cell L ──output──unpatch──▶ prediction of frame t + 1
                               ↻ H, C        ↻ H, C              ↻ H, C           (each ↻ runs from t to t + 1)
 
     model = ConvLSTM(channels=1, size=64)                       # variants and set-ups: at the end of this file
     forecast = model(frames, horizon=10)[:, -10:]               # (B, T, C, H, W) in [0, 1] -> the 10 frames that follow
-    mask = torch.rand(19, B) < torch.tensor(model.truth_probability(k, iterations, 10, 19))[:, None]
-    loss = ((model(frames, use_truth=mask) - frames[:, 1:]) ** 2).sum((2, 3, 4)).mean()     # 20 frames; then backward
+    loss = ((model(frames) - frames[:, 1:]) ** 2).sum((2, 3, 4)).mean()
 
-Eq. 2 is that of the MS-LSTM paper (Z. Ma et al. 2023), in its letters: without peepholes, like all later papers. Eq. 3
+Eq. 2 is that of the MS-LSTM paper (Z. Ma et al. 2023), in its letters: without peepholes, as in all later papers. Eq. 3
 is that of Shi et al., with peepholes.
 """
 
@@ -85,7 +84,7 @@ class ConvLSTM(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
         self.hidden, self.patch = hidden, patch
-        self.one_size = setup == "patch4" or variant == "peephole"    # LayerNorm, peepholes: a checkpoint fits one size only
+        self.one_size = setup == "patch4" or variant == "peephole"    # weights of the shape of the maps
         self.check((1, 1, channels, height, width))
 
         norm, tokens, grid = setup == "patch4", channels * patch**2, (height // patch, width // patch)
@@ -97,14 +96,12 @@ class ConvLSTM(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
-                             "none of these 0, and T + horizon at least 2")
+            raise ValueError(f"frames {tuple(shape)}: must be (B, T, {self.channels}, H, W), T + horizon at least 2")
         height, width = shape[3:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
         if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
-                             f"build the model with size=({height}, {width})")
+            raise ValueError(f"frames of {height}×{width}: weights fit one size; build with size=({height}, {width})")
 
     def step(self, x, state):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) per layer] -> those of the next frame."""
@@ -137,28 +134,10 @@ class ConvLSTM(nn.Module):
         return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
-        """Scheduled sampling (Bengio et al. 2015): the probability that each of `steps` steps reads the true frame.
-
-        1 inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0.
-        """
+        """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1
+        inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0."""
         epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
         return [1.0] * frames_in + [epsilon] * (steps - frames_in)
-
-
-@torch.no_grad()
-def maps(model, frames, horizon=0, point=None):
-    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
-
-    "layers": "H", the hidden state, (B, steps, hidden, H/p, W/p). There is no attention, and `point` is not used.
-    """
-    states = {cell: [] for cell in model.cells}                   # H of a layer, one per step
-    hooks = [m.register_forward_hook(lambda m, inputs, output: states[m].append(output[0])) for m in states]
-    try:
-        model(frames, horizon)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {"layers": [{"H": torch.stack(steps, 1)} for steps in states.values()]}
 
 
 VARIANTS = {
@@ -166,8 +145,8 @@ VARIANTS = {
     "peephole": "with the peepholes of Shi et al. 2015: the gates also see the cell state",
 }
 DEFAULT_SETUP = "patch4"
-# patch4: frames in 4×4 patches, LayerNorm (the SA-ConvLSTM, CMS-LSTM and MoDeRNN papers; the patch, where LayerNorm stands
-# and what they leave out of the training are PredRNN's and CMS-LSTM's code's). fullres: neither (the MS-LSTM paper).
+# patch4: frames in 4×4 patches, LayerNorm (the SA-ConvLSTM, CMS-LSTM and MoDeRNN papers; what they leave out is from
+# PredRNN's and CMS-LSTM's code). fullres: no patches, no LayerNorm (the MS-LSTM paper).
 NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=5),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
@@ -183,18 +162,18 @@ TRAINING = {
 }
 # What papers report for this model: figures as they print them, `mse` and the like averaged over the forecast, or,
 # where `over` says so, over all T - 1 predictions (MS-LSTM's released code).
+FULLRES = dict(variant="full", setup="fullres", params="0.4M")
 PUBLISHED = [
     dict(variant="full", setup="patch4", data="moving_mnist", source="CMS-LSTM, Table 3",
          psnr=18.523, ssim=0.877, mse=70.4, mae=115.9),
     dict(variant="full", setup="patch4", data="typhoon", source="MoDeRNN, Table 2",
          psnr=26.353, ssim=0.851, mse=10.43, mae=119.6),
-    dict(variant="full", setup="fullres", data="moving_mnist", source="MS-LSTM, Tables 1-3", over="all",
-         ssim=0.810, mse=90.36, mae=142.5, params="0.4M", macs="34.4G"),
-    dict(variant="full", setup="fullres", data="taxibj", source="MS-LSTM, Tables 4-5",
-         mse_frames=[0.199, 0.268, 0.315, 0.356], params="0.4M", macs="3.2G"),
-    dict(variant="full", setup="fullres", data="kth", source="MS-LSTM, Table 6", params="0.4M", macs="137.7G"),
-    dict(variant="full", setup="fullres", data="germany", source="MS-LSTM, Tables 7-8", params="0.4M", macs="100.3G",
-         csi=[0.341, 0.199, 0.079], hss=[0.490, 0.315, 0.138]),
+    dict(**FULLRES, data="moving_mnist", source="MS-LSTM, Tables 1-3", over="all", ssim=0.810, mse=90.36, mae=142.5,
+         macs="34.4G"),
+    dict(**FULLRES, data="taxibj", source="MS-LSTM, Tables 4-5", mse_frames=[0.199, 0.268, 0.315, 0.356], macs="3.2G"),
+    dict(**FULLRES, data="kth", source="MS-LSTM, Table 6", macs="137.7G"),
+    dict(**FULLRES, data="germany", source="MS-LSTM, Tables 7-8", csi=[0.341, 0.199, 0.079], hss=[0.490, 0.315, 0.138],
+         macs="100.3G"),
 ]
 
 MODEL = ConvLSTM
@@ -202,12 +181,10 @@ MODEL = ConvLSTM
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
-    print("Parameters, and multiply-accumulates of a sequence of 20 frames of 1×64×64")
     for setup in NETWORK:
         for variant, meaning in VARIANTS.items():
             with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
                 model = MODEL(setup=setup, variant=variant)
-                model(torch.empty(1, 2, 1, 64, 64))               # one of 19 steps, which all cost the same
-            parameters = sum(p.numel() for p in model.parameters())
-            macs = 19 * counter.get_total_flops() / 2e9
-            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")
+                model(torch.empty(1, 2, 1, 64, 64))               # one of the 19 steps of 20 frames; all cost the same
+            parameters, macs = sum(p.numel() for p in model.parameters()), 19 * counter.get_total_flops() / 2e9
+            print(f"{setup:8} {variant:18} {parameters:>10,} parameters {macs:7.1f}G multiply-accumulates   {meaning}")

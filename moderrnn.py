@@ -6,8 +6,8 @@ From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The a
     ICASSP 2022.
 
 In a ConvLSTM the input X_t and the context H_{t-1} meet only as a sum inside the gates. Here a Detail Context Block
-(DCB) lets them interact first: convolutions of three sizes turn the context into weights Attn_H in (0, 1), by which the
-input is multiplied; the new input reweights the context in the same way, and so on, five times in turn.
+(DCB) lets them interact first: convolutions of three sizes turn the context into weights Attn_H in (0, 1), which the
+input is multiplied with; the new input reweights the context in the same way, and so on, five times in turn.
 
     X_t ──────▶ ∘ ───┬─────▶ ∘ ───┬─────▶ ∘ ──▶ X̂_t ─────┐              X_t: H_t of the layer below;
                 ▲    ▼       ▲    ▼       ▲              │              in the bottom layer, the frame
@@ -20,8 +20,6 @@ input is multiplied; the new input reweights the context in the same way, and so
 
 Where the paper is silent or contradicts itself, a comment at the line says what is done here. C is `hidden`.
 """
-
-from collections import defaultdict
 
 import torch
 from torch import nn
@@ -44,20 +42,19 @@ class DetailContextBlock(nn.Module):
         super().__init__()
         self.conv_h = nn.ModuleList(conv(channels, channels, k, size, norm) for k in kernels)     # W_h^{k×k}
         self.conv_x = nn.ModuleList(conv(channels, channels, k, size, norm) for k in kernels)     # W_x^{k×k}
-        self.attn_h, self.attn_x = nn.Sigmoid(), nn.Sigmoid()     # modules, so that `maps` can read what they return
         self.norm = norm
 
     def forward(self, x, h):
         mean_h, mean_x = mean_of(self.conv_h, self.norm), mean_of(self.conv_x, self.norm)
-        # Eq. 2 as printed multiplies the wrong tensors: X̂_t = s × Attn_H × H_{t-1} would keep X_t out of the cell. Steps
-        # 1 and 2 of §2.2 and the released code say what is meant. "m stacked DCB": as released, five half-steps that
-        # share their weights, and s = 2. n is the number of kernels, the paper's |k|.
+        # Eq. 2 as printed multiplies the wrong tensors: X̂_t = s × Attn_H × H_{t-1} would keep X_t out of the cell.
+        # Steps 1 and 2 of §2.2 and the released code say what is meant. "m stacked DCB" are five half-steps that share
+        # their weights, as released; so is s = 2. n is the number of kernels, the paper's |k|.
         for half_step in range(5):
             if half_step % 2 == 0:
-                attn = self.attn_h(mean_h(h)).to(x.dtype)         # Eq. 2   Attn_H = σ(Σ_k W_h^{k×k} * H / n)
+                attn = torch.sigmoid(mean_h(h)).to(x.dtype)       # Eq. 2   Attn_H = σ(Σ_k W_h^{k×k} * H / n)
                 x = 2 * attn * x                                  # step 1  X ← s · Attn_H ∘ X
             else:
-                attn = self.attn_x(mean_x(x)).to(h.dtype)         # Eq. 2   Attn_X = σ(Σ_k W_x^{k×k} * X / n)
+                attn = torch.sigmoid(mean_x(x)).to(h.dtype)       # Eq. 2   Attn_X = σ(Σ_k W_x^{k×k} * X / n)
                 h = 2 * attn * h                                  # step 2  H ← s · Attn_X ∘ H
         return x, h
 
@@ -137,14 +134,12 @@ class MoDeRNN(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
-                             "none of these 0, and T + horizon at least 2")
+            raise ValueError(f"frames {tuple(shape)}: must be (B, T, {self.channels}, H, W), T + horizon at least 2")
         height, width = shape[3:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
         if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
-                             f"build the model with size=({height}, {width})")
+            raise ValueError(f"frames of {height}×{width}: weights fit one size; build with size=({height}, {width})")
 
     def step(self, x, state):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) per layer] -> those of the next frame."""
@@ -177,39 +172,24 @@ class MoDeRNN(nn.Module):
         return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
-        """Scheduled sampling (Bengio et al. 2015): the probability that each of `steps` steps reads the true frame.
-
-        1 inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0.
-        """
+        """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1
+        inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0."""
         epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
         return [1.0] * frames_in + [epsilon] * (steps - frames_in)
 
 
-@torch.no_grad()
-def maps(model, frames, horizon=0, point=None):
-    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
-
-    "layers": "H", the hidden state, and "weights" (Fig. 3): "Attn_H" and "Attn_X", the last of each in a step; all
-    (B, steps, hidden, H/p, W/p). `point` is not used here: it is for models with attention.
-    """
-    modules, outputs = [*model.cells], defaultdict(list)          # outputs: those of a module, call by call
-    if model.variant != "no_dcb":
-        modules += [m for cell in model.cells for m in (cell.dcb.attn_h, cell.dcb.attn_x)]
-    hooks = [m.register_forward_hook(lambda m, inputs, output: outputs[m].append(output)) for m in modules]
-    try:
-        model(frames, horizon)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    pictures = {"layers": [{"H": torch.stack([h for h, _ in outputs[cell]], 1)} for cell in model.cells]}
-    if model.variant != "no_dcb":
-        pictures["weights"] = []
-        for cell in model.cells:
-            attn_h, attn_x = outputs[cell.dcb.attn_h][2::3], outputs[cell.dcb.attn_x][1::2]   # of three and of two
-            pictures["weights"].append({"Attn_H": torch.stack(attn_h, 1), "Attn_X": torch.stack(attn_x, 1)})
-    return pictures
+def weights(dcb, inputs, output, *_):
+    """For pictures (Fig. 3), by a forward hook: the last Attn_H and Attn_X of a step, (B, hidden, H, W)."""
+    (x, h), mean_h, mean_x = inputs, mean_of(dcb.conv_h, dcb.norm), mean_of(dcb.conv_x, dcb.norm)
+    for _ in range(2):                                            # the first four half-steps
+        x = 2 * torch.sigmoid(mean_h(h)) * x
+        attn_x = torch.sigmoid(mean_x(x))
+        h = 2 * attn_x * h
+    return torch.sigmoid(mean_h(h)), attn_x
 
 
+# Pictures: name, block of a cell, function of the block's call, and what it returns.
+MAPS = [("weights", "dcb", weights, ["Attn_H", "Attn_X"])]
 VARIANTS = {
     "full": "the model of the paper: a DCB with 3×3, 5×5 and 7×7 kernels before the gates",
     "no_dcb": "without the DCB, which is ConvLSTM (an ablation of this file, as are all below; the paper has none)",
@@ -220,15 +200,15 @@ VARIANTS = {
 }
 DCB_KERNELS = dict(full=(3, 5, 7), no_dcb=(), k3=(3,), k5=(5,), k7=(7,), k35=(3, 5))
 DEFAULT_SETUP = "patch4"
-# patch4: frames in 4×4 patches, LayerNorm. The gates' kernel is the released script's; §2.3 says 5×5. Neither gives the
-# published 4.590M parameters. fullres: no patches, no LayerNorm, as in the MS-LSTM paper, which omits this model.
+# patch4: frames in 4×4 patches, LayerNorm. The gates' kernel is the released script's; §2.3 says 5×5. Neither gives
+# the published 4.590M parameters. fullres: no patches, no LayerNorm, as in the MS-LSTM paper, which omits this model.
 NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=3),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
-# How the papers train it. Only the released code has `sampling`, the part of the iterations over which ε falls from 1 to
-# 0; `final_lr`, the end of a cosine; and `reverse`, every batch once more, backwards in time. `epochs` stands where the
-# paper counts them instead of iterations; `data` overrides for one dataset.
+# How the papers train it. Only the released code has `sampling`, the part of the iterations over which ε falls from 1
+# to 0; `final_lr`, to which the rate falls along a cosine; and `reverse`, every batch once more, backwards in time.
+# `epochs` stands where the paper counts them instead of iterations; `data` overrides for one dataset.
 TRAINING = {
     "patch4": dict(optimizer="adamw", weight_decay=0.01, lr=1e-3, final_lr=1e-6, batch=32, iterations=80_000,
                    loss="l1+l2", sampling=0.5, reverse=True,
@@ -250,12 +230,10 @@ MODEL = MoDeRNN
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
-    print("Parameters, and multiply-accumulates of a sequence of 20 frames of 1×64×64")
     for setup in NETWORK:
         for variant, meaning in VARIANTS.items():
             with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
                 model = MODEL(setup=setup, variant=variant)
-                model(torch.empty(1, 2, 1, 64, 64))               # one of 19 steps, which all cost the same
-            parameters = sum(p.numel() for p in model.parameters())
-            macs = 19 * counter.get_total_flops() / 2e9
-            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")
+                model(torch.empty(1, 2, 1, 64, 64))               # one of the 19 steps of 20 frames; all cost the same
+            parameters, macs = sum(p.numel() for p in model.parameters()), 19 * counter.get_total_flops() / 2e9
+            print(f"{setup:8} {variant:18} {parameters:>10,} parameters {macs:7.1f}G multiply-accumulates   {meaning}")

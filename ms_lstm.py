@@ -6,22 +6,21 @@ From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The a
     "MS-LSTM: Exploring Spatiotemporal Multiscale Representations in Video Prediction Domain." 2023.
 
 Deeper and wider ConvRNNs predict better and cost more. MS-LSTM sees further at a lower cost. In space, the first half
-of the layers pools from layer to layer and the second half mirrors it, with skip connections as in a U-Net: most layers
-work on small maps, where a 3×3 kernel covers much. In time, its cell (MK-LSTM) is two ConvLSTMs with 3×3 and 5×5
-kernels and a cell state each, one for slower and one for faster motion, that share one output gate.
+of the layers pools from layer to layer and the second half mirrors it, with skip connections as in a U-Net: most
+layers work on small maps, where a 3×3 kernel covers much. In time, its cell (MK-LSTM) is two ConvLSTMs, 3×3 for slower
+and 5×5 for faster motion, each with a cell state of its own, that share one output gate.
 
-    full size    frame t ──embed──▶ L0 ──────────────── skip ───────────────▶ + ──▶ L5 ──output──▶ frame t + 1
-                                    └─pool─▶ L1 ─────── skip ─────▶ + ──▶ L4 ─×2─┘
-    ½                                        └─pool─▶ L2 ──▶ L3 ─×2─┘
-    ¼                                                               (each layer keeps H, C, C̃ from t to t + 1)
+    full size  frame t ─embed─▶ L0 ──────────────────── skip ────────────────────▶ + ─▶ L5 ─output─▶ frame t + 1
+    ½                           └─ pool ─▶ L1 ─────── skip ────────▶ + ─▶ L4 ─ ×2 ─┘
+    ¼                                      └─ pool ─▶ L2 ─▶ L3 ─ ×2 ─┘
+
+    Each layer, L0 to L5, hands its H, C and C̃ to itself from step t to t + 1.
 
     model = MSLSTM(channels=1, size=64)                         # variants and set-ups: at the end of this file
     forecast = model(frames, horizon=10)[:, -10:]               # (B, T, C, H, W) in [0, 1] -> the 10 frames that follow
 
 Where the paper is silent, a comment at the line says what is done here. Its equations have no biases.
 """
-
-from collections import defaultdict
 
 import torch
 from torch import nn
@@ -85,7 +84,8 @@ class MKLSTMCell(nn.Module):
         self.forget_offset = 1.0 if norm else 0.0
 
     def forward(self, x, h, c, c_wide):
-        # Eq. 3   i_3×3, f_3×3, g_3×3 as i, f, g of Eq. 2; i_5×5, f_5×5, g_5×5 alike with W'
+        # Eq. 3   i_3×3 = σ(W_ix * X_t + W_ih * H_{t-1})          f_3×3 = σ(W_fx * X_t + W_fh * H_{t-1})
+        #         g_3×3 = tanh(W_gx * X_t + W_gh * H_{t-1})       i_5×5, f_5×5, g_5×5 alike, with W'
         i, f, g, o = (self.x2h(x) + self.h2h(h)).to(c.dtype).chunk(4, 1)                # each (B, hidden, H, W)
         i, f, g = torch.sigmoid(i), torch.sigmoid(f + self.forget_offset), torch.tanh(g)
         c = self.norm_c(f * c + i * g)                            # Eq. 3   C_t = f_3×3 ∘ C_{t-1} + i_3×3 ∘ g_3×3
@@ -106,8 +106,8 @@ class MSLSTM(nn.Module):
     `fullres`, 8 under `patch4`. setup: "patch4" or "fullres". variant: a key of VARIANTS. hidden, layers (even in a
     pyramid), kernel (odd), patch: in place of the set-up's. ValueError for what cannot be built.
     cell: a class in place of the variant's cell (§4.1: "can be replaced by any existing model block"). It is built as
-    cell(inputs, hidden, kernel, (H, W), norm) and called as cell(x, *state), with `states` tensors (B, hidden, H, W),
-    zero before the first frame; it returns the new ones as a tuple, first the hidden state, which the next layer reads.
+    cell(inputs, hidden, kernel, (H, W), norm) and called as cell(x, *state): as many tensors (B, hidden, H, W) as its
+    attribute `states` says. It returns the new ones as a tuple, first the hidden state, which the next layer reads.
     """
 
     def __init__(self, channels=1, size=64, setup="fullres", variant="full",
@@ -138,21 +138,18 @@ class MSLSTM(nn.Module):
         self.embed = nn.Conv2d(tokens, hidden, 1)
         self.cells = nn.ModuleList(cell(hidden, hidden, kernel, grid, norm) for grid in grids)
         self.output = nn.Conv2d(hidden, tokens, 1)
-        if not norm:                                              # faster by a tenth; LayerNorm would copy
+        if not norm:                                              # a tenth faster; LayerNorm would have to copy
             self.to(memory_format=torch.channels_last)
 
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
-                             "none of these 0, and T + horizon at least 2")
+            raise ValueError(f"frames {tuple(shape)}: must be (B, T, {self.channels}, H, W), T + horizon at least 2")
         height, width = shape[3:]
         if height % self.unit or width % self.unit:
-            raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch times all poolings, "
-                             f"{self.unit}")
+            raise ValueError(f"frames of {height}×{width}: sides must be multiples of {self.unit}, patch × poolings")
         if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
-                             f"build the model with size=({height}, {width})")
+            raise ValueError(f"frames of {height}×{width}: weights fit one size; build with size=({height}, {width})")
 
     def step(self, x, state):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c, …) per layer] -> those of the next frame."""
@@ -160,7 +157,7 @@ class MSLSTM(nn.Module):
         for cell, before, depth in zip(self.cells, state, self.depths):
             if depth > depth_below:                               # §4.1: max pooling in the encoder
                 h = F.max_pool2d(h, 2)                            # (B, hidden, h/2, w/2)
-            if depth < depth_below:                               # bilinear up-sampling in the decoder, and the skip "+"
+            if depth < depth_below:                               # bilinear up-sampling in the decoder, and the skip
                 h = F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
                 h = h + new_state[depth][0]                       # (B, hidden, 2h, 2w)
             new_state.append(cell(h, *before))
@@ -192,29 +189,10 @@ class MSLSTM(nn.Module):
         return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
-        """Scheduled sampling (Bengio et al. 2015): the probability that each of `steps` steps reads the true frame.
-
-        1 inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0.
-        """
+        """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1
+        inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0."""
         epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
         return [1.0] * frames_in + [epsilon] * (steps - frames_in)
-
-
-@torch.no_grad()
-def maps(model, frames, horizon=0, point=None):
-    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
-
-    "layers" (Fig. 4 and 5): "H", the hidden state, (B, steps, hidden, h, w), h and w those of the layer. `point` is not
-    used here: it is for models with attention.
-    """
-    outputs = defaultdict(list)                                   # outputs: those of a module, one per step
-    hooks = [m.register_forward_hook(lambda m, inputs, output: outputs[m].append(output)) for m in model.cells]
-    try:
-        model(frames, horizon)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {"layers": [{"H": torch.stack([h for h, *_ in outputs[cell]], 1)} for cell in model.cells]}
 
 
 # The rows of Table 1.
@@ -230,9 +208,9 @@ NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=3),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
-# How it is trained: `fullres` by §5.1, `patch4` by PredRNN's released code. `sampling` is the part of the iterations over
-# which ε falls from 1 to 0 (released code); `reverse`: every batch once more, backwards in time. `epochs` stands where
-# the paper counts them instead of iterations; `data` overrides for one dataset.
+# How it is trained: `fullres` as in §5.1, `patch4` as in PredRNN's released code. `sampling` is the part of the
+# iterations over which ε falls from 1 to 0 (released code); `reverse`: every batch once more, backwards in time.
+# `epochs` stands where the paper counts them instead of iterations; `data` overrides for one dataset.
 TRAINING = {
     "patch4": dict(optimizer="adam", lr=1e-3, batch=8, iterations=80_000, loss="l2", sampling=0.625, reverse=True,
                    data={"kth": dict(loss="l1+l2"), "taxibj": dict(patch=2), "typhoon": dict(iterations=100_000)}),
@@ -263,12 +241,10 @@ MODEL = MSLSTM
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
-    print("Parameters, and multiply-accumulates of a sequence of 20 frames of 1×64×64")
     for setup in NETWORK:
         for variant, meaning in VARIANTS.items():
             with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
                 model = MODEL(setup=setup, variant=variant)
-                model(torch.empty(1, 2, 1, 64, 64))               # one of 19 steps, which all cost the same
-            parameters = sum(p.numel() for p in model.parameters())
-            macs = 19 * counter.get_total_flops() / 2e9
-            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")
+                model(torch.empty(1, 2, 1, 64, 64))               # one of the 19 steps of 20 frames; all cost the same
+            parameters, macs = sum(p.numel() for p in model.parameters()), 19 * counter.get_total_flops() / 2e9
+            print(f"{setup:8} {variant:18} {parameters:>10,} parameters {macs:7.1f}G multiply-accumulates   {meaning}")

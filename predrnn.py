@@ -8,9 +8,9 @@ From "ConvRNNs for next-frame prediction". MIT licence, copyright (c) 2026 The a
     Spatiotemporal Predictive Learning." TPAMI 2022 (PredRNN-V2).
 
 In a stack of ConvLSTMs every layer keeps its cell state C to itself, so what the top layer learns about a frame never
-reaches the bottom layer at the next step. PredRNN adds a memory M that all layers share: the layers update it one after
-the other, from the bottom to the top, and the top layer hands it to the bottom layer of the next step. PredRNN-V2 adds a
-loss that keeps C and M from learning the same, and scheduled sampling inside the observed frames too.
+reaches the bottom layer at the next step. PredRNN adds a memory M that all layers share: they update it one after the
+other, from bottom to top, and the top layer hands it to the bottom layer of the next step. PredRNN-V2 adds a loss that
+keeps C and M from learning the same, and scheduled sampling inside the observed frames too.
 
       cell L ════ M ═════╗             cell L ════ M ═════▶ …      the top layer's H gives the prediction
          ▲ H, M          ║                ▲ H, M
@@ -68,7 +68,7 @@ class STLSTMCell(nn.Module):
         c = f * c + delta_c                                       # (a)  C^l_t = f ∘ C^l_{t-1} + i ∘ g
         # (b)  i' = σ(W'_xi * X_t + W_mi * M^{l-1}_t + b'_i)       f' = σ(W'_xf * X_t + W_mf * M^{l-1}_t + b'_f)
         #      g' = tanh(W'_xg * X_t + W_mg * M^{l-1}_t + b'_g)
-        i, f, g = (x_m + self.m2h(m)).to(c.dtype).chunk(3, 1)
+        i, f, g = (x_m + self.m2h(m)).to(c.dtype).chunk(3, 1)     # i', f', g'
         i, f, g = torch.sigmoid(i), torch.sigmoid(f + self.forget_offset), torch.tanh(g)
         delta_m = i * g
         m = f * m + delta_m                                       # (b)  M^l_t = f' ∘ M^{l-1}_t + i' ∘ g'
@@ -80,9 +80,9 @@ class STLSTMCell(nn.Module):
 
 
 def overlap(delta_c, delta_m):
-    """PredRNN-V2: |⟨ΔC, ΔM⟩| / (‖ΔC‖ ‖ΔM‖) over the pixels of each channel, in [0, 1]; its mean over batch and channels.
+    """PredRNN-V2: |⟨ΔC, ΔM⟩| / (‖ΔC‖ ‖ΔM‖) over the pixels of a channel, in [0, 1]; both (B, C, H, W).
 
-    Both (B, C, H, W) -> a scalar.
+    Returns the mean over batch and channels, a scalar.
     """
     return F.cosine_similarity(delta_c.flatten(2), delta_m.flatten(2), dim=2).abs().mean()
 
@@ -118,8 +118,7 @@ class PredRNN(nn.Module):
         self.cells = nn.ModuleList(STLSTMCell(hidden, hidden, kernel, grid, norm) for _ in range(layers))
         self.output = nn.Conv2d(hidden, tokens, 1)
         self.has_auxiliary_loss = variant in ("v2", "decouple")
-        # W_dec, one for all layers: used by the loss only.
-        self.decouple = nn.Conv2d(hidden, hidden, 1, bias=not norm) if self.has_auxiliary_loss else None
+        self.decouple = nn.Conv2d(hidden, hidden, 1, bias=not norm) if self.has_auxiliary_loss else None      # W_dec
         if decouple_weight is None:                               # released code only
             decouple_weight = 0.1 * channels * height * width if norm else 0.01 * layers * hidden
         self.decouple_weight = decouple_weight
@@ -128,27 +127,26 @@ class PredRNN(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
-                             "none of these 0, and T + horizon at least 2")
+            raise ValueError(f"frames {tuple(shape)}: must be (B, T, {self.channels}, H, W), T + horizon at least 2")
         height, width = shape[3:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
         if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
-                             f"build the model with size=({height}, {width})")
+            raise ValueError(f"frames of {height}×{width}: weights fit one size; build with size=({height}, {width})")
 
     def step(self, x, state):
-        """One time step: tokens (B, p²C, H/p, W/p) of a frame, ([(h, c) per layer], m, loss) -> those of the next frame.
+        """One time step: tokens (B, p²C, H/p, W/p) of a frame, ([(h, c) per layer], m, overlaps) -> those of the next.
 
-        loss: the sum of the overlaps of all layers and steps so far, or None where the decoupling loss is not wanted.
+        overlaps: their sum over all layers and steps so far, for the decoupling loss; None where it is not wanted.
         """
-        (layers, m, loss), h, new_layers = state, self.embed(x), []
+        (layers, m, overlaps), h, new_layers = state, self.embed(x), []
         for cell, (h_before, c) in zip(self.cells, layers):
             h, c, m, delta_c, delta_m = cell(h, h_before, c, m)   # M^{l-1}_t -> M^l_t
             new_layers.append((h, c))
-            if self.has_auxiliary_loss and loss is not None:      # ΔC = W_dec * (i ∘ g), ΔM = W_dec * (i' ∘ g')
-                loss = loss + overlap(self.decouple(delta_c).to(c.dtype), self.decouple(delta_m).to(c.dtype))
-        return self.output(h).to(x.dtype), (new_layers, m, loss)  # (e)  M^0_{t+1} = M^L_t
+            if self.has_auxiliary_loss and overlaps is not None:  # ΔC = W_dec * (i ∘ g), ΔM = W_dec * (i' ∘ g')
+                delta_c, delta_m = self.decouple(delta_c).to(c.dtype), self.decouple(delta_m).to(c.dtype)
+                overlaps = overlaps + overlap(delta_c, delta_m)
+        return self.output(h).to(x.dtype), (new_layers, m, overlaps)                    # (e)  M^0_{t+1} = M^L_t
 
     def forward(self, frames, horizon=0, use_truth=None, with_loss=False):
         """Read frames (B, T, C, H, W) in [0, 1], predict each next one, then `horizon` further ones from the model's
@@ -165,8 +163,8 @@ class PredRNN(nn.Module):
         truth = F.pixel_unshuffle(frames.contiguous(), self.patch)    # (B, T, p²C, H/p, W/p)
         B, T, _, height, width = truth.shape
         zero = truth.new_zeros(B, self.hidden, height, width)
-        loss = truth.new_zeros(()) if with_loss else None
-        state, x, predictions = ([(zero, zero) for _ in self.cells], zero, loss), truth[:, 0], []
+        overlaps = truth.new_zeros(()) if with_loss else None
+        state, x, predictions = ([(zero, zero) for _ in self.cells], zero, overlaps), truth[:, 0], []
         for t in range(T - 1 + horizon):
             if 0 < t < T:                                         # beyond the observed frames x is the last prediction
                 x = truth[:, t] if use_truth is None else torch.where(
@@ -177,15 +175,14 @@ class PredRNN(nn.Module):
         predictions = F.pixel_shuffle(predictions, self.patch)    # (B, T-1+horizon, C, H, W)
         if not with_loss:
             return predictions
-        _, _, loss = state
-        return predictions, self.decouple_weight * loss / (len(self.cells) * (T - 1 + horizon))
+        _, _, overlaps = state
+        return predictions, self.decouple_weight * overlaps / (len(self.cells) * (T - 1 + horizon))
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
-        """Scheduled sampling: with which probability each of `steps` steps reads the true frame.
+        """Scheduled sampling (Bengio et al. 2015): the probability that each of `steps` steps reads the true frame.
 
-        "full", "decouple" (Bengio et al. 2015): 1 inside the `frames_in` observed frames; beyond them ε, which falls
-        linearly from 1 to 0. "v2", "reverse_sampling": the first frame is always read; inside the other observed ones
-        the probability rises from 0.5 to 1, beyond them it falls from 0.5 to 0.
+        1 inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0. "v2" and
+        "reverse_sampling": 1 for the first frame, from 0.5 to 1 inside the others, from 0.5 to 0 beyond them.
         """
         if self.variant in ("full", "decouple"):
             epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
@@ -201,22 +198,6 @@ class PredRNN(nn.Module):
         return [1.0] + [rising] * (frames_in - 1) + [falling] * (steps - frames_in)
 
 
-@torch.no_grad()
-def maps(model, frames, horizon=0, point=None):
-    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
-
-    "layers": "H", the hidden state, (B, steps, hidden, H/p, W/p). There is no attention, and `point` is not used.
-    """
-    states = {cell: [] for cell in model.cells}                   # H of a layer, one per step
-    hooks = [m.register_forward_hook(lambda m, inputs, output: states[m].append(output[0])) for m in states]
-    try:
-        model(frames, horizon)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {"layers": [{"H": torch.stack(steps, 1)} for steps in states.values()]}
-
-
 VARIANTS = {
     "full": "PredRNN (2017): the ST-LSTM and its zigzag memory",
     "v2": "PredRNN-V2 (2022): with the decoupling loss and reverse scheduled sampling",
@@ -224,20 +205,19 @@ VARIANTS = {
     "reverse_sampling": "PredRNN with reverse scheduled sampling alone",
 }
 DEFAULT_SETUP = "patch4"
-# patch4: the defaults of the authors' code (frames in 4×4 patches, four layers of 64, 5×5 kernels, LayerNorm), with the
-# 1×1 embedding and the output's bias of the other models: the authors' code has neither, hence 8,015,872 parameters (V2
-# 8,019,968) instead of 8,554,576 (8,558,672). Their scripts for Moving MNIST and KTH have 128 hidden channels, no
-# LayerNorm and an lr of 3e-4 (V2 1e-4). fullres: the MS-LSTM paper's, without patches and LayerNorm.
+# patch4: the defaults of the authors' code (4×4 patches, four layers of 64, 5×5 kernels, LayerNorm) with the embedding
+# and the output's bias of the other models: the authors' code has neither, hence 8,015,872 parameters (V2 8,019,968)
+# instead of 8,554,576 (8,558,672). The authors' scripts for Moving MNIST and KTH have 128 hidden channels, no LayerNorm
+# and an lr of 3e-4 (V2 1e-4). fullres: no patches, no LayerNorm (the MS-LSTM paper).
 NETWORK = {
     "patch4": dict(patch=4, layers=4, hidden=64, kernel=5),
     "fullres": dict(patch=1, layers=6, hidden=32, kernel=3),
 }
 # How the papers train it. `sampling` is the part of the iterations over which ε falls from 1 to 0 (50,000 of 80,000 in
-# the authors' code, all in MS-LSTM's); `reverse_sampling` PredRNN-V2's k₁, k₂ and α as parts of the iterations (25,000,
-# 50,000, 2,500 of 80,000 in the authors' Moving MNIST script; ⅓, ⅔ and k₁/5 in MS-LSTM's code); `reverse`: every batch
-# once more, backwards in time (released code); `epochs` stands where the paper counts them instead of iterations;
-# `data` overrides for one dataset, and its `model` holds further arguments of the class: the authors' KTH script has
-# β = 0.01·C·H·W, and k₁, k₂, α of 5,000, 50,000, 2,000.
+# the authors' code, all in MS-LSTM's); `reverse_sampling`: k₁, k₂ and α as parts of the iterations (the authors' script
+# for Moving MNIST; MS-LSTM's code); `reverse`: every batch once more, backwards in time (the authors' code); `epochs`
+# stands where the paper counts them instead of iterations; `data` overrides for one dataset, its `model` arguments of
+# the class (β = 0.01·C·H·W and the sampling of the authors' script for KTH).
 TRAINING = {
     "patch4": dict(optimizer="adam", lr=1e-3, batch=8, iterations=80_000, loss="l2", sampling=0.625, reverse=True,
                    reverse_sampling=(25 / 80, 50 / 80, 2.5 / 80),
@@ -250,24 +230,23 @@ TRAINING = {
 }
 # What papers report for this model: figures as they print them, `mse` and the like averaged over the forecast, or,
 # where `over` says so, over all T - 1 predictions (MS-LSTM's released code).
+PATCH4, FULLRES = dict(variant="full", setup="patch4"), dict(variant="full", setup="fullres", params="0.9M")
 PUBLISHED = [
-    dict(variant="full", setup="patch4", data="moving_mnist", source="CMS-LSTM, Tables 1 and 3",
-         psnr=19.603, ssim=0.867, mse=56.8, mae=126.1, params="13.799M",
+    dict(**PATCH4, data="moving_mnist", source="CMS-LSTM, Tables 1 and 3", psnr=19.603, ssim=0.867, mse=56.8, mae=126.1,
+         params="13.799M",
          note="13.799M is another layout: four layers of 64 have 8.555M, and no paper or released code gives 13.799M"),
-    dict(variant="full", setup="patch4", data="taxibj", source="SA-ConvLSTM, Table 3a; CMS-LSTM, Table 2",
+    dict(**PATCH4, data="taxibj", source="SA-ConvLSTM, Table 3a; CMS-LSTM, Table 2",
          mse_frames=[0.318, 0.427, 0.516, 0.595]),
-    dict(variant="full", setup="patch4", data="kth", source="SA-ConvLSTM, Table 3b", psnr=27.55, ssim=0.839),
-    dict(variant="full", setup="patch4", data="typhoon", source="MoDeRNN, Table 2",
-         psnr=27.637, ssim=0.887, mse=7.71, mae=107.3),
-    dict(variant="full", setup="fullres", data="moving_mnist", source="MS-LSTM, Tables 2-3", over="all",
-         ssim=0.845, mse=66.17, mae=118.0, params="0.9M", macs="69.8G"),
-    dict(variant="v2", setup="fullres", data="moving_mnist", source="MS-LSTM, Tables 2-3", over="all",
-         ssim=0.855, mse=61.57, mae=112.9, params="0.9M", macs="70.8G"),
-    dict(variant="full", setup="fullres", data="taxibj", source="MS-LSTM, Tables 4-5",
-         mse_frames=[0.170, 0.222, 0.257, 0.287], params="0.9M", macs="6.4G"),
-    dict(variant="full", setup="fullres", data="kth", source="MS-LSTM, Table 6", params="0.9M", macs="279.3G"),
-    dict(variant="full", setup="fullres", data="germany", source="MS-LSTM, Tables 7-8", params="0.9M", macs="203.5G",
-         csi=[0.380, 0.231, 0.092], hss=[0.533, 0.358, 0.158]),
+    dict(**PATCH4, data="kth", source="SA-ConvLSTM, Table 3b", psnr=27.55, ssim=0.839),
+    dict(**PATCH4, data="typhoon", source="MoDeRNN, Table 2", psnr=27.637, ssim=0.887, mse=7.71, mae=107.3),
+    dict(**FULLRES, data="moving_mnist", source="MS-LSTM, Tables 2-3", over="all", ssim=0.845, mse=66.17, mae=118.0,
+         macs="69.8G"),
+    dict(**FULLRES | dict(variant="v2"), data="moving_mnist", source="MS-LSTM, Tables 2-3", over="all", ssim=0.855,
+         mse=61.57, mae=112.9, macs="70.8G"),
+    dict(**FULLRES, data="taxibj", source="MS-LSTM, Tables 4-5", mse_frames=[0.170, 0.222, 0.257, 0.287], macs="6.4G"),
+    dict(**FULLRES, data="kth", source="MS-LSTM, Table 6", macs="279.3G"),
+    dict(**FULLRES, data="germany", source="MS-LSTM, Tables 7-8", csi=[0.380, 0.231, 0.092], hss=[0.533, 0.358, 0.158],
+         macs="203.5G"),
 ]
 
 MODEL = PredRNN
@@ -275,12 +254,10 @@ MODEL = PredRNN
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
-    print("Parameters, and multiply-accumulates of a sequence of 20 frames of 1×64×64")
     for setup in NETWORK:
         for variant, meaning in VARIANTS.items():
             with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
                 model = MODEL(setup=setup, variant=variant)
-                model(torch.empty(1, 2, 1, 64, 64), with_loss=True)   # one of 19 steps, which all cost the same
-            parameters = sum(p.numel() for p in model.parameters())
-            macs = 19 * counter.get_total_flops() / 2e9
-            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")
+                model(torch.empty(1, 2, 1, 64, 64), with_loss=True)# one of the 19 steps of 20 frames; all cost the same
+            parameters, macs = sum(p.numel() for p in model.parameters()), 19 * counter.get_total_flops() / 2e9
+            print(f"{setup:8} {variant:18} {parameters:>10,} parameters {macs:7.1f}G multiply-accumulates   {meaning}")

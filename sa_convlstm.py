@@ -26,8 +26,6 @@ the fusion of the two into the memory and read the layer's output Ĥ_t from it.
 Where the paper is silent or contradicts itself, a comment at the line says what is done here. C is `hidden`, N = H·W.
 """
 
-from collections import defaultdict
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -87,7 +85,7 @@ class SelfAttentionMemory(nn.Module):
             z = attend(q, k, v)                                   # Eq. 2-4   Z_h
             if self.kv_m is not None:
                 k, v = self.kv_m(m).chunk(2, 1)                   # K_m = W_mk M_{t-1}, V_m = W_mv M_{t-1}
-                z = torch.cat([z, attend(q, k, v)], 1)            # Eq. 5-7   Z_m, queried by Q_h; [Z_h; Z_m] (B, 2C, H, W)
+                z = torch.cat([z, attend(q, k, v)], 1)            # Eq. 5-7   Z_m, for the queries Q_h; [Z_h; Z_m]
             z = self.fuse(z).to(h.dtype)                          # §3.2   Z = W_z [Z_h; Z_m]
             z_and_h = torch.cat([z, h], 1)                        # [Z; H_t]  (B, 2C, H, W)
         # Eq. 8   i' = σ(W_m;zi * Z + W_m;hi * H_t + b_m;i)     g' = tanh(W_m;zg * Z + W_m;hg * H_t + b_m;g)
@@ -166,14 +164,12 @@ class SAConvLSTM(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: frames must be (B, T, {self.channels}, H, W), "
-                             "none of these 0, and T + horizon at least 2")
+            raise ValueError(f"frames {tuple(shape)}: must be (B, T, {self.channels}, H, W), T + horizon at least 2")
         height, width = shape[3:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
         if self.one_size and (height, width) != self.size:
-            raise ValueError(f"frames of {height}×{width}: these weights fit {self.size[0]}×{self.size[1]} only; "
-                             f"build the model with size=({height}, {width})")
+            raise ValueError(f"frames of {height}×{width}: weights fit one size; build with size=({height}, {width})")
 
     def step(self, x, state):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c, m) per layer] -> those of the next frame."""
@@ -206,55 +202,30 @@ class SAConvLSTM(nn.Module):
         return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
-        """Scheduled sampling (Bengio et al. 2015): the probability that each of `steps` steps reads the true frame.
-
-        1 inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0.
-        """
+        """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1
+        inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0."""
         epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
         return [1.0] * frames_in + [epsilon] * (steps - frames_in)
 
 
-@torch.no_grad()
-def maps(model, frames, horizon=0, point=None):
-    """Feature maps of every layer and step, for pictures: {picture: [{label: tensor} per layer]}.
+def attention(block, inputs, output, y, x):
+    """For pictures, by a forward hook: how much position (y, x) attends to each position, (B, H, W), of sum 1.
 
-    "layers": "H", the hidden state Ĥ_t, (B, steps, hidden, H/p, W/p). With a point, a pixel (y, x) of the frame, also
-    "attention": how much the patch of that pixel attends to each patch, (B, steps, H/p, W/p), of sum 1: "Z_h" is α of
-    Eq. 3, "Z_m" of Eq. 6; in the base model "X" and "H" are those of the two inputs.
+    Of a SelfAttentionMemory α of Eq. 3 and, if it attends to the memory, of Eq. 6; of a SelfAttention α of Eq. 3.
     """
-    modules, outputs = [*model.cells], defaultdict(list)          # outputs: those of a module, one per step
-    attends = point is not None and model.variant in ("full", "no_zm", "base")
-    if attends:
-        modules += [m for name, m in model.named_modules() if name.endswith((".qkv", ".qkv_h", ".kv_m"))]
-    hooks = [m.register_forward_hook(lambda m, inputs, output: outputs[m].append(output)) for m in modules]
-    try:
-        model(frames, horizon)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-    def attention(qkv, kv=None):
-        q, k, _ = torch.stack(outputs[qkv], 1).chunk(3, 2)        # each (B, steps, C, H/p, W/p)
-        if kv is not None:
-            k, _ = torch.stack(outputs[kv], 1).chunk(2, 2)
-        q = q[..., point[0] // model.patch, point[1] // model.patch]
-        scores = torch.einsum("btc,btchw->bthw", q, k)            # Eq. 2 or 5, for this query alone
-        return scores.flatten(2).softmax(2).unflatten(2, scores.shape[2:])              # Eq. 3 or 6
-
-    pictures = {"layers": [{"H": torch.stack([h for h, _, _ in outputs[cell]], 1)} for cell in model.cells]}
-    if attends:
-        pictures["attention"] = []
-        for cell in model.cells:
-            if model.variant == "base":
-                weights = {"X": attention(cell.attend_x.qkv), "H": attention(cell.attend_h.qkv)}
-            else:
-                weights = {"Z_h": attention(cell.memory.qkv_h)}
-            if model.variant == "full":
-                weights["Z_m"] = attention(cell.memory.qkv_h, cell.memory.kv_m)
-            pictures["attention"].append(weights)
-    return pictures
+    q, *keys, _ = getattr(block, "qkv_h", block.qkv)(inputs[0]).chunk(3, 1)
+    if getattr(block, "kv_m", None) is not None:
+        keys.append(block.kv_m(inputs[1]).chunk(2, 1)[0])
+    weights = []
+    for k in keys:                                                # each (B, C, H, W)
+        scores = torch.einsum("bc,bchw->bhw", q[:, :, y, x], k)   # Eq. 2 or 5, for this query alone
+        weights.append(scores.flatten(1).softmax(1).view_as(scores))
+    return weights
 
 
+# Pictures: name, block of a cell, function of the block's call, and what it returns.
+MAPS = [("attention", "memory", attention, ["Z_h", "Z_m"]),
+        ("attention", "attend_x", attention, ["X"]), ("attention", "attend_h", attention, ["H"])]
 # The rows of Table 1, bottom first.
 VARIANTS = {
     "full": "SA-ConvLSTM: self-attention over the hidden state and over the memory",
@@ -313,12 +284,10 @@ MODEL = SAConvLSTM
 if __name__ == "__main__":
     from torch.utils.flop_counter import FlopCounterMode
 
-    print("Parameters, and multiply-accumulates of a sequence of 20 frames of 1×64×64")
     for setup in NETWORK:
         for variant, meaning in VARIANTS.items():
             with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
                 model = MODEL(setup=setup, variant=variant)
-                model(torch.empty(1, 2, 1, 64, 64))               # one of 19 steps, which all cost the same
-            parameters = sum(p.numel() for p in model.parameters())
-            macs = 19 * counter.get_total_flops() / 2e9
-            print(f"{setup:8} {variant:18} {parameters:>10,} {macs:7.1f}G   {meaning}")
+                model(torch.empty(1, 2, 1, 64, 64))               # one of the 19 steps of 20 frames; all cost the same
+            parameters, macs = sum(p.numel() for p in model.parameters()), 19 * counter.get_total_flops() / 2e9
+            print(f"{setup:8} {variant:18} {parameters:>10,} parameters {macs:7.1f}G multiply-accumulates   {meaning}")

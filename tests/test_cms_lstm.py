@@ -7,16 +7,16 @@ from conftest import count_macs, count_parameters
 from literal import apply, arrays, conv2d, layer_norm, randomize, sigmoid, softmax
 
 from cms_lstm import (BUILT_OF, PUBLISHED, VARIANTS, CMSLSTM, CMSLSTMCell, ContextEmbedding, PredRNNCell,
-                      SAConvLSTMCell, SpatiotemporalExpression, cut, uncut)
+                      SAConvLSTMCell, SpatiotemporalExpression, cut, join, maps)
 
 
 def literal_ce(w, name, x, h, steps=5):
     """Eq. 1, half-steps X, H, X, H, X."""
     for step in range(steps):
         if step % 2 == 0:
-            x = 2 * sigmoid(apply(w, f"{name}of_h", h)) * x
+            x = 2 * sigmoid(apply(w, f"{name}conv_h", h)) * x
         else:
-            h = 2 * sigmoid(apply(w, f"{name}of_x", x)) * h
+            h = 2 * sigmoid(apply(w, f"{name}conv_x", x)) * h
     return x, h
 
 
@@ -64,8 +64,16 @@ def literal_convlstm(w, x, h, c, norm):
     return sigmoid(o) * np.tanh(c), c
 
 
-def maps(number, channels=2, size=(4, 8)):
+def draw(number, channels=2, size=(4, 8)):
     return [torch.randn(1, channels, *size, dtype=torch.float64) for _ in range(number)]
+
+
+def attended(se, h, c):
+    """Part 1 of SE: what its first large convolution reads, (B, scales·C, H, 2W)."""
+    read = []
+    with se.fuse.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])):
+        se(h, c)
+    return read[0]
 
 
 def same(got, want):
@@ -75,8 +83,8 @@ def same(got, want):
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("steps", [2, 5])
 def test_ce_is_the_equation(norm, steps):
-    ce = randomize(ContextEmbedding(2, 3, steps, norm, (4, 8)))
-    x, h = maps(2)
+    ce = randomize(ContextEmbedding(2, 3, (4, 8), norm, steps))
+    x, h = draw(2)
     for got, want in zip(ce(x, h), literal_ce(arrays(ce), "", x[0].numpy(), h[0].numpy(), steps)):
         same(got, want)
 
@@ -84,23 +92,22 @@ def test_ce_is_the_equation(norm, steps):
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("scales", [(1,), (1, 2), (1, 2, 4)])
 def test_se_is_the_equations(norm, scales):
-    se = randomize(SpatiotemporalExpression(2, scales, 5, norm, (4, 8)))
-    h, c = maps(2)
+    se = randomize(SpatiotemporalExpression(2, 5, (4, 8), norm, scales))
+    h, c = draw(2)
     for got, want in zip(se(h, c), literal_se(arrays(se), "", h[0].numpy(), c[0].numpy(), scales, norm)):
         same(got, want)
 
 
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("ce_steps, scales", [(5, (1, 2, 4)), (0, (1, 2)), (5, ()), (0, ())])
-def test_cell_is_the_equations(norm, ce_steps, scales):
-    cell = randomize(CMSLSTMCell(2, 3, (4, 8), norm, ce_steps, scales))
-    x, h, c = maps(3)
-    (got_h, got_c), memory, seen = cell(x, (h, c), "handed on")
-    assert memory == "handed on" and seen == {}
+@pytest.mark.parametrize("ce, scales", [(True, (1, 2, 4)), (False, (1, 2)), (True, ()), (False, ())])
+def test_cell_is_the_equations(norm, ce, scales):
+    cell = randomize(CMSLSTMCell(2, 3, (4, 8), norm, ce, scales))
+    x, h, c = draw(3)
+    got_h, got_c = cell(x, h, c)
 
     w, (x, h, c) = arrays(cell), (v[0].numpy() for v in (x, h, c))
-    if ce_steps:
-        x, h = literal_ce(w, "ce.", x, h, ce_steps)
+    if ce:
+        x, h = literal_ce(w, "ce.", x, h)
     h, c = literal_convlstm(w, x, h, c, norm)
     if scales:
         h, c = literal_se(w, "se.", h, c, scales, norm)
@@ -109,22 +116,22 @@ def test_cell_is_the_equations(norm, ce_steps, scales):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("ce_steps, scales", [(5, (1, 2, 4)), (0, ())])
-def test_predrnn_cell_is_the_equations(norm, ce_steps, scales):
+@pytest.mark.parametrize("ce, scales", [(True, (1, 2, 4)), (False, ())])
+def test_predrnn_cell_is_the_equations(norm, ce, scales):
     """The ST-LSTM, CE on (X_t, H_{t-1}) before it, SE on (H_t, C_t) after it, M untouched by both."""
-    cell = randomize(PredRNNCell(2, 3, (4, 8), norm, ce_steps, scales))
-    x, h, c, m = maps(4)
-    (got_h, got_c), got_m, _ = cell(x, (h, c), m)
+    cell = randomize(PredRNNCell(2, 3, (4, 8), norm, ce, scales))
+    x, h, c, m = draw(4)
+    got_h, got_c, got_m = cell(x, h, c, m)
 
     w, (x, h, c, m) = arrays(cell), (v[0].numpy() for v in (x, h, c, m))
-    if ce_steps:
+    if ce:
         x, h = literal_ce(w, "ce.", x, h)
     offset = 1 if norm else 0
     xs, hs, ms = np.split(apply(w, "x2h", x), 7), np.split(apply(w, "h2h", h), 4), np.split(apply(w, "m2h", m), 3)
     c = sigmoid(xs[1] + hs[1] + offset) * c + sigmoid(xs[0] + hs[0]) * np.tanh(xs[2] + hs[2])
     m = sigmoid(xs[4] + ms[1] + offset) * m + sigmoid(xs[3] + ms[0]) * np.tanh(xs[5] + ms[2])
     cm = np.concatenate([c, m])
-    h = sigmoid(xs[6] + hs[3] + apply(w, "cm2o", cm)) * np.tanh(apply(w, "last", cm))
+    h = sigmoid(xs[6] + hs[3] + apply(w, "cm2o", cm)) * np.tanh(apply(w, "mix", cm))
     if scales:
         h, c = literal_se(w, "se.", h, c, scales, norm)
     for got, want in ((got_h, h), (got_c, c), (got_m, m)):
@@ -132,15 +139,14 @@ def test_predrnn_cell_is_the_equations(norm, ce_steps, scales):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("ce_steps, scales", [(5, (1, 2, 4)), (0, ())])
-def test_sa_convlstm_cell_is_the_equations(norm, ce_steps, scales):
-    """CE before the gates, SE between the gates and the self-attention memory."""
-    cell = randomize(SAConvLSTMCell(2, 3, (4, 8), norm, ce_steps, scales))
-    x, h, c, m = maps(4)
-    (got_h, got_c, got_m), _, _ = cell(x, (h, c, m))
+@pytest.mark.parametrize("ce, scales", [(True, (1, 2, 4)), (False, ())])
+def test_sa_convlstm_cell_is_the_equations(norm, ce, scales):
+    cell = randomize(SAConvLSTMCell(2, 3, (4, 8), norm, ce, scales))
+    x, h, c, m = draw(4)
+    got_h, got_c, got_m = cell(x, h, c, m)
 
     w, (x, h, c, m) = arrays(cell), (v[0].numpy() for v in (x, h, c, m))
-    if ce_steps:
+    if ce:
         x, h = literal_ce(w, "ce.", x, h)
     h, c = literal_convlstm(w, x, h, c, norm)
     if scales:
@@ -148,8 +154,8 @@ def test_sa_convlstm_cell_is_the_equations(norm, ce_steps, scales):
     (q, k, v), (k_m, v_m) = ([part.reshape(2, -1) for part in np.split(apply(w, name, of), n)]
                              for name, of, n in (("qkv_h", h, 3), ("kv_m", m, 2)))
     z = np.concatenate([v @ softmax(q.T @ k).T, v_m @ softmax(q.T @ k_m).T]).reshape(4, 4, 8)
-    a = np.concatenate([apply(w, "mix_z", z), h])
-    i, g, o = np.split(apply(w, "zh2g.1", conv2d(a, w["zh2g.0.weight"], w["zh2g.0.bias"])), 3)
+    a = np.concatenate([apply(w, "fuse", z), h])
+    i, g, o = np.split(apply(w, "gates.1", conv2d(a, w["gates.0.weight"], w["gates.0.bias"])), 3)
     m = (1 - sigmoid(i)) * m + sigmoid(i) * np.tanh(g)
     for got, want in ((got_h, sigmoid(o) * m), (got_c, c), (got_m, m)):
         same(got, want)
@@ -159,31 +165,27 @@ def test_sa_convlstm_cell_is_the_equations(norm, ce_steps, scales):
 def test_the_transplanted_memory_zigzags(variant):
     """Up the layers inside a step, from the top to the bottom between steps; C and H stay in their layer."""
     model = CMSLSTM(size=16, hidden=4, layers=3, variant=variant).double()
-    states = torch.randn(6, 1, 4, 4, 4, dtype=torch.float64)
-    frame, memory = torch.randn(1, 16, 4, 4, dtype=torch.float64), torch.randn(1, 4, 4, 4, dtype=torch.float64)
-    states = list(zip(states[::2], states[1::2]))
+    state = [tuple(torch.randn(3, 1, 4, 4, 4, dtype=torch.float64)) for _ in range(3)]
+    frame, m = torch.randn(1, 16, 4, 4, dtype=torch.float64), state[-1][2]
     for _ in range(2):
-        h, want, m = model.embed(frame), [], memory
-        for cell, state in zip(model.cells, states):
-            state, m, _ = cell(h, state, m)
-            h = state[0]
-            want.append(state)
-        frame, (states, memory), _ = model.step(frame, (states, memory))
-        torch.testing.assert_close((frame, states, memory), (model.output(h), want, m), rtol=0, atol=0)
+        h, want = model.embed(frame), []
+        for cell, (h_before, c, _) in zip(model.cells, state):
+            h, c, m = cell(h, h_before, c, m)
+            want.append((h, c, m))
+        frame, state = model.step(frame, state)
+        torch.testing.assert_close((frame, state), (model.output(h), want), rtol=0, atol=0)
 
 
 def test_every_row_of_table_3():
     """Every variant is built of something and published, and what it is built of is what its cells hold."""
     assert set(VARIANTS) == set(BUILT_OF) == {row["variant"] for row in PUBLISHED if "Table" in row["source"]}
-    cells = dict(convlstm=CMSLSTMCell, predrnn=PredRNNCell, sa_convlstm=SAConvLSTMCell)
-    for variant, (backbone, with_ce, scales) in BUILT_OF.items():
+    for variant, (cell_class, with_ce, scales) in BUILT_OF.items():
         for cell in CMSLSTM(size=16, hidden=4, variant=variant).cells:
-            assert type(cell) is cells[backbone] and (cell.ce is not None) == with_ce
+            assert type(cell) is cell_class and (cell.ce is not None) == with_ce
             assert (cell.se.scales if cell.se else ()) == scales
 
 
 def test_blocks_stand_on_their_own():
-    """Without LayerNorm they need no size: round any cell, on any maps that the scales divide."""
     ce, se = ContextEmbedding(6), SpatiotemporalExpression(6)
     for size in ((4, 8), (12, 4)):
         x, h, c = torch.randn(3, 2, 6, *size)
@@ -191,62 +193,41 @@ def test_blocks_stand_on_their_own():
 
 
 @pytest.mark.parametrize("s", [1, 2, 4])
-def test_cut_and_uncut(s):
+def test_cut_and_join(s):
     z = torch.arange(3 * 8 * 24.0).reshape(1, 3, 8, 24)
     tokens = cut(z, s)
     assert tokens.shape == (1, s * s, 2 * 8 * 12 // s**2, 3)
-    torch.testing.assert_close(uncut(tokens, s, 8, 12), z, rtol=0, atol=0)
+    torch.testing.assert_close(join(tokens, s, 8, 24), z, rtol=0, atol=0)
     # The first block: the top left corner of H (columns 0…) and that of C (columns 12…).
     corner = torch.stack([z[..., : 8 // s, : 12 // s], z[..., : 8 // s, 12 : 12 + 12 // s]])
     assert set(tokens[0, 0, :, 0].tolist()) == set(corner[:, 0, 0].flatten().tolist())
 
 
-def test_one_pixel_of_c_is_seen_inside_its_block_only():
-    """At every scale, before the 5×5: in H's half and in C's half alike, everywhere in the block and nowhere else."""
-    se = randomize(SpatiotemporalExpression(3, (1, 2, 4)))
-    h, c = maps(2, 3, (8, 16))
-    y, x = 2, 9
-    moved = c.clone()
-    moved[..., y, x] += 1
-    change = (se.express(torch.cat([h, moved], 3)) - se.express(torch.cat([h, c], 3))).abs()[0]    # (9, 8, 32)
-    for change, s in zip(change.chunk(3), (1, 2, 4)):
-        rows, columns = 8 // s, 16 // s
-        inside = torch.zeros(8, 16, dtype=torch.bool)
-        top, left = y // rows * rows, x // columns * columns
-        inside[top : top + rows, left : left + columns] = True
-        for half in change.amax(0).chunk(2, 1):                   # H's, C's
-            assert (half[~inside] == 0).all() and (half[inside] > 0).all()
-
-
-def test_scale_1_is_attention_over_all_tokens():
-    """Plain softmax(QᵀK)V over the 2·H·W positions of H and C, whatever their order, plus the shortcut."""
-    se = randomize(SpatiotemporalExpression(3, (1,)))
-    h, c = maps(2, 3)
-    z = torch.cat([h.flatten(2), c.flatten(2)], 2)[0]             # (C, 2HW)
-    q, k, v = (se.qkv.weight[:, :, 0, 0] @ z + se.qkv.bias[:, None]).chunk(3)
-    attended = (torch.softmax(q.T @ k, -1) @ v.T).T + z
-    got = torch.cat([half.flatten(2) for half in se.express(torch.cat([h, c], 3)).chunk(2, 3)], 2)[0]
-    torch.testing.assert_close(got, attended, rtol=0, atol=1e-12)
-
-
-def test_attention_maps_are_the_softmax():
-    """The maps of a point, times Value, give what SE computes there; one a scale over H and C, 0 outside the block."""
-    se, points = randomize(SpatiotemporalExpression(3, (1, 2, 4))), [(2, 9), (7, 0)]
-    h, c = maps(2, 3, (8, 16))
-    found, z = se.attention(h, c, points), torch.cat([h, c], 3)
-    assert found.shape == (1, 2, 6, 8, 16)
-    found = found.unflatten(2, (3, 2))                            # (1, points, scales, H or C, H, W)
-    torch.testing.assert_close(found.sum((3, 4, 5)), torch.ones(1, 2, 3, dtype=torch.float64))
-    for n, (y, x) in enumerate(points):
-        for scale, qkv in enumerate(se.qkv(z).chunk(3, 1)):
-            side_by_side = torch.cat([*found[0, n, scale]], 1)    # (H, 2W)
-            want = (qkv.chunk(3, 1)[2][0] * side_by_side).sum((1, 2)) + h[0, :, y, x]
-            torch.testing.assert_close(se.express(z)[0, 3 * scale : 3 * scale + 3, y, x], want)
+@pytest.mark.parametrize("variant", ["full", "se2", "predrnn_no_ce", "sa_convlstm_no_ce"])
+def test_attention_maps_are_the_softmax(variant):
+    """What a point attends to, times Value, is what SE computes there; of sum 1 over H and C at each scale."""
+    model = randomize(CMSLSTM(size=(32, 64), hidden=3, layers=2, variant=variant))
+    frames, se, read = torch.rand(2, 3, 1, 32, 64, dtype=torch.float64), model.cells[1].se, []
+    se.register_forward_pre_hook(lambda _, both: read.append(both))
+    for y, x in ((9, 39), (31, 0)):
+        read.clear()
+        weights = maps(model, frames, horizon=1, point=(y, x))["attention"][1]
+        assert list(weights) == [f"scale {s}, {state}" for s in se.scales for state in "HC"]
+        for n, s in enumerate(se.scales):
+            side_by_side = torch.cat([weights[f"scale {s}, {state}"] for state in "HC"], 3)       # (B, steps, H, 2W)
+            torch.testing.assert_close(side_by_side.sum((2, 3)), torch.ones(2, 3, dtype=torch.float64))
+            inside = (side_by_side > 0).sum((2, 3))
+            assert (inside == 2 * 8 * 16 // s**2).all()           # a block of H and that of C, 0 outside
+            for t, (h, c) in enumerate(read[:3]):
+                z = torch.cat([h, c], 3)
+                value = se.qkv(z).chunk(3 * len(se.scales), 1)[3 * n + 2]
+                want = (value * side_by_side[:, t, None]).sum((2, 3)) + z[:, :, y // 4, x // 4]
+                torch.testing.assert_close(attended(se, h, c)[:, 3 * n : 3 * n + 3, y // 4, x // 4], want)
 
 
 def test_no_score_matrix_is_stored():
     """For the backward pass nothing near the size of one score matrix of 2HW × 2HW is kept."""
-    se, kept = SpatiotemporalExpression(4, (1, 2, 4), 3), []
+    se, kept = SpatiotemporalExpression(4, 3), []
     h, c = torch.randn(2, 1, 4, 16, 32)
     with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.numel()) or v, lambda v: v):
         se(h.requires_grad_(), c)
@@ -270,7 +251,6 @@ def test_parameters_of_other_forms():
     assert count_parameters(CMSLSTM(setup="fullres")) == 1_123_489
     assert count_parameters(CMSLSTM(setup="fullres", variant="predrnn")) == 900_193
     assert round(count_parameters(CMSLSTM(kernel=5)) / 1e6, 3) == 10.589
-    assert count_parameters(CMSLSTM(ce_steps=10)) == 7_967_568    # the half-steps share their weights
 
 
 def test_multiply_accumulates():
@@ -282,48 +262,29 @@ def test_multiply_accumulates():
     assert round((count_macs(CMSLSTM, 8, **taxibj) - attention) / 1e9, 1) == 10.8      # Table 4's 11.5G, less softmax
 
 
-def test_half_steps():
-    """`ce_steps` reaches the cells, and changes what they do."""
-    models = []
-    for steps in (5, 10):
-        torch.manual_seed(0)
-        models.append(CMSLSTM(size=16, hidden=8, variant="no_se", ce_steps=steps))
-    assert [cell.ce.steps for cell in models[1].cells] == 4 * [10]
-    frames = torch.rand(1, 4, 1, 16, 16)
-    assert not torch.allclose(models[0](frames), models[1](frames))
-    with pytest.raises(ValueError, match="ce_steps"):
-        CMSLSTM(ce_steps=1)
-
-
 @pytest.mark.parametrize("variant, size, works", [
-    ("full", 48, True), ("full", 40, False), ("se2", 40, True), ("se2", 36, False), ("se1", 36, True),
-    ("no_se", 36, True)])
+    ("full", 48, True), ("full", 40, False), ("se2", 40, True), ("se2", 36, False), ("se1", 36, True)])
 def test_sizes_that_the_scales_divide(variant, size, works):
     if works:
         CMSLSTM(size=size, variant=variant, hidden=4)
     else:
-        nearest = dict(full="32×32, 32×48, 48×32, 48×48", se2="32×32, 32×40, 40×32, 40×40")[variant]
-        with pytest.raises(ValueError, match=nearest):
+        with pytest.raises(ValueError, match=f"{size}×{size}: .* of {dict(full=16, se2=8)[variant]}, the patch times"):
             CMSLSTM(size=size, variant=variant, hidden=4)
 
 
-def test_extras():
+def test_maps():
+    """X before CE is the embedded frame, or the output of the layer below; no picture without its block."""
     model = CMSLSTM(size=(16, 32), hidden=8, layers=2, channels=2)
     frames = torch.rand(2, 4, 2, 16, 32)
-    _, found = model(frames, horizon=2, extras=[(0, 1), (15, 31), (8, 8)])
-    assert set(found) == {"layers", "ce_input", "attention"}
-    assert [v.shape for v in found["ce_input"]] == 2 * [(2, 5, 2, 8, 4, 8)]
-    assert [v.shape for v in found["attention"]] == 2 * [(2, 5, 3, 6, 4, 8)]
-    # A pixel is asked for, the patch that holds it answers; at scale 4 its block of 1 × 2 patches.
-    answered = found["attention"][1][0, -1, 1, 4:].sum(0).nonzero()
-    assert set(map(tuple, answered.tolist())) == {(3, 6), (3, 7)}
-    centre = model(frames, extras=True)[1]["attention"][0]
-    torch.testing.assert_close(centre, model(frames, extras=[(8, 16)])[1]["attention"][0])
-    # The input of layer 1 before CE is the embedded frame, that of layer 2 the first layer's hidden state.
+    pictures = maps(model, frames, horizon=2)
+    assert list(pictures) == ["layers", "ce_input"]
+    for layers in pictures.values():
+        assert [w.shape for layer in layers for w in layer.values()] == len(layers[0]) * 2 * [(2, 5, 8, 4, 8)]
+    before, after = zip(*(layer.values() for layer in pictures["ce_input"]))
     embedded = model.embed(torch.nn.functional.pixel_unshuffle(frames[:, 1], 4))
-    torch.testing.assert_close(found["ce_input"][0][:, 1, 0], embedded)
-    torch.testing.assert_close(found["ce_input"][1][:, :, 0], found["layers"][0])
+    torch.testing.assert_close(before[0][:, 1], embedded)
+    torch.testing.assert_close(before[1], pictures["layers"][0]["H"])
+    torch.testing.assert_close(after[0][:, 1], model.cells[0].ce(embedded, pictures["layers"][0]["H"][:, 0])[0])
     for variant, keys in dict(convlstm={"layers"}, no_se={"layers", "ce_input"}, no_ce={"layers", "attention"}).items():
-        assert set(CMSLSTM(size=16, hidden=8, variant=variant)(torch.rand(1, 3, 1, 16, 16), extras=True)[1]) == keys
-    with pytest.raises(ValueError, match="query points"):
-        model(frames, extras=[(16, 0)])
+        model = CMSLSTM(size=16, hidden=8, variant=variant)
+        assert set(maps(model, torch.rand(1, 3, 1, 16, 16), point=(8, 8))) == keys

@@ -17,7 +17,7 @@ SMALL = dict(size=16, hidden=8, layers=3, kernel=3)
 def test_cell_is_the_equations(norm):
     cell = randomize(STLSTMCell(2, 3, 3, (4, 5), norm))
     x, h, c, m = (torch.randn(1, n, 4, 5, dtype=torch.float64) for n in (2, 3, 3, 3))
-    *got, growth = cell(x, h, c, m)
+    got = cell(x, h, c, m)
 
     w, (x, h, c, m) = arrays(cell), (v[0].numpy() for v in (x, h, c, m))
     from_x, from_h, from_m = apply(w, "x2h", x), apply(w, "h2h", h), apply(w, "m2h", m)
@@ -34,7 +34,7 @@ def test_cell_is_the_equations(norm):
         weight = w["cm2o.weight"]
         o = sigmoid(o + conv2d(c, weight[:, :3]) + conv2d(m, weight[:, 3:]) + w["cm2o.bias"][:, None, None])
     h = o * np.tanh(apply(w, "mix", np.concatenate([c, m])))
-    for computed, expected in zip((*got, *growth), (h, c, m, i * np.tanh(g), i2 * np.tanh(g2))):
+    for computed, expected in zip(got, (h, c, m, i * np.tanh(g), i2 * np.tanh(g2))):
         np.testing.assert_allclose(computed[0].detach().numpy(), expected, atol=1e-12)
 
 
@@ -45,20 +45,9 @@ def test_parameters(setup, variant, parameters):
     assert count_parameters(PredRNN(setup=setup, variant=variant)) == parameters
 
 
-@pytest.mark.parametrize("setup, size, frames, macs", [
-    ("fullres", 64, 20, 69.8), ("fullres", 32, 8, 6.4), ("fullres", 128, 20, 279.3), ("fullres", 180, 8, 203.5),
-    ("patch4", 64, 20, 32.0)])
-def test_multiply_accumulates(setup, size, frames, macs):
-    assert round(count_macs(PredRNN, frames, size=size, setup=setup) / 1e9, 1) == macs
-
-
-def test_multiply_accumulates_of_v2():
-    """Its 70.8G is a training step's: a prediction alone does not run W_dec, and costs what PredRNN's costs."""
-    class Training(PredRNN):
-        def forward(self, frames):
-            return super().forward(frames, extras="loss")
-
-    assert round(count_macs(Training, 20, setup="fullres", variant="v2") / 1e9, 1) == 70.8
+def test_multiply_accumulates():
+    """test_costs.py counts training steps. A prediction alone does not run W_dec: V2's costs what PredRNN's costs."""
+    assert round(count_macs(PredRNN, 20) / 1e9, 1) == 32.0
     assert round(count_macs(PredRNN, 20, setup="fullres", variant="v2") / 1e9, 1) == 69.8
 
 
@@ -71,11 +60,11 @@ def test_memory_zigzags(setup):
 
     def record(layer):
         def hook(cell, inputs, outputs):
-            h, c, m, growth = outputs
+            h, c, m, *increments = outputs
             if disturb and len(calls) == 1 * 3 + 2:               # step 1, top layer
                 m = m + 0.5
             calls.append((inputs[3], m, h))
-            return h, c, m, growth
+            return h, c, m, *increments
         return hook
 
     for layer, cell in enumerate(model.cells):
@@ -104,28 +93,36 @@ def test_memory_zigzags(setup):
 @pytest.mark.parametrize("variant", ["v2", "decouple"])
 def test_decoupling_loss(setup, variant):
     model = randomize(PredRNN(setup=setup, variant=variant, patch=4, decouple_weight=3.0, **SMALL))
-    grown = []
+    increments = []                                               # (i ∘ g, i' ∘ g') of every step and layer
     for cell in model.cells:
-        cell.register_forward_hook(lambda cell, inputs, outputs: grown.append(outputs[3]))
+        cell.register_forward_hook(lambda cell, inputs, outputs: increments.append(outputs[3:]))
     frames = torch.rand(2, 4, 1, 16, 16, dtype=torch.float64)
-    _, found = model(frames, horizon=2, extras="loss")
+    predictions, loss = model(frames, horizon=2, with_loss=True)
 
     w, values = arrays(model.decouple), []
-    assert ("bias" in w) == (setup == "fullres") and len(grown) == 5 * 3      # steps × layers
-    for into_c, into_m in grown:
+    assert ("bias" in w) == (setup == "fullres") and len(increments) == 5 * 3         # steps × layers
+    for into_c, into_m in increments:
         for b in range(2):
             delta_c, delta_m = (conv2d(v[b].detach().numpy(), w["weight"], w.get("bias")) for v in (into_c, into_m))
             for a, b_ in zip(delta_c, delta_m):                   # a channel
                 values.append(abs((a * b_).sum()) / (math.sqrt((a**2).sum()) * math.sqrt((b_**2).sum())))
-    assert found["loss"].item() == pytest.approx(3.0 * np.mean(values), rel=1e-9)
+    assert model.has_auxiliary_loss and loss.item() == pytest.approx(3.0 * np.mean(values), rel=1e-9)
+    torch.testing.assert_close(predictions, model(frames, horizon=2), rtol=0, atol=0)
 
 
 def test_decoupling_loss_teaches_the_gates():
     model = PredRNN(variant="v2", **SMALL)
-    model(torch.rand(1, 4, 1, 16, 16), extras="loss")[1]["loss"].backward()
+    model(torch.rand(1, 4, 1, 16, 16), with_loss=True)[1].backward()
     assert model.decouple.weight.grad.norm() > 0
     assert all(cell.x2h[0].weight.grad.norm() > 0 for cell in model.cells)
-    assert model.output.weight.grad is None                       # under teacher forcing no prediction is in the loss
+    assert model.output.weight.grad is None                       # no prediction is in this loss, or read again
+
+
+@pytest.mark.parametrize("variant", ["full", "reverse_sampling"])
+def test_no_decoupling_loss(variant):
+    model, frames = PredRNN(variant=variant, **SMALL), torch.rand(1, 4, 1, 16, 16)
+    predictions, loss = model(frames, with_loss=True)
+    assert not model.has_auxiliary_loss and loss.item() == 0 and torch.equal(predictions, model(frames))
 
 
 def test_decoupling_weight():
@@ -137,31 +134,24 @@ def test_decoupling_weight():
 
 
 @pytest.mark.parametrize("variant", ["v2", "reverse_sampling"])
-def test_reverse_scheduled_sampling(variant):
-    def probabilities(setup, iteration, iterations, **other):
-        model = PredRNN(setup=setup, variant=variant, patch=4, **SMALL, **other)
-        p = model.truth_probability(iteration, iterations, 4, 7)
-        assert p[0] == 1 and len(p) == 7 and len(set(p[1:4])) == 1 and len(set(p[4:])) == 1
-        return p[1], p[4]
-
-    # patch4: k₁, k₂, α = 25,000, 50,000, 2,500 of 80,000
-    assert probabilities("patch4", 0, 80_000) == (0.5, 0.5)
-    assert probabilities("patch4", 24_999, 80_000) == (0.5, 0.5)
-    assert probabilities("patch4", 25_000, 80_000) == (0.5, 0.5)
-    assert probabilities("patch4", 27_500, 80_000) == pytest.approx((1 - 0.5 / math.e, 0.45))
-    assert probabilities("patch4", 37_500, 80_000) == pytest.approx((1 - 0.5 * math.exp(-5), 0.25))
-    assert probabilities("patch4", 50_000, 80_000) == (1.0, 0.0)
-    assert probabilities("patch4", 79_999, 80_000) == (1.0, 0.0)
-    assert probabilities("patch4", 275, 800) == pytest.approx((1 - 0.5 / math.e, 0.45))       # scaled with the length
-    # patch4 on KTH: k₁, k₂, α = 5,000, 50,000, 2,000 of 80,000
-    kth = TRAINING["patch4"]["data"]["kth"]["model"]
-    assert probabilities("patch4", 4_999, 80_000, **kth) == (0.5, 0.5)
-    assert probabilities("patch4", 9_000, 80_000, **kth) == pytest.approx((1 - 0.5 * math.exp(-2), 0.5 * 41 / 45))
-    assert probabilities("patch4", 50_000, 80_000, **kth) == (1.0, 0.0)
-    # fullres: k₁, k₂, α = 100,000, 200,000, 20,000 of 300,000
-    assert probabilities("fullres", 99_999, 300_000) == (0.5, 0.5)
-    assert probabilities("fullres", 120_000, 300_000) == pytest.approx((1 - 0.5 / math.e, 0.4))
-    assert probabilities("fullres", 200_000, 300_000) == (1.0, 0.0)
+@pytest.mark.parametrize("setup, data, iteration, iterations, rising, falling", [
+    # k₁, k₂, α = 25,000, 50,000, 2,500 of 80,000
+    ("patch4", None, 0, 80_000, 0.5, 0.5), ("patch4", None, 25_000, 80_000, 0.5, 0.5),
+    ("patch4", None, 27_500, 80_000, 1 - 0.5 / math.e, 0.45),
+    ("patch4", None, 37_500, 80_000, 1 - 0.5 * math.exp(-5), 0.25),
+    ("patch4", None, 50_000, 80_000, 1, 0), ("patch4", None, 79_999, 80_000, 1, 0),
+    ("patch4", None, 275, 800, 1 - 0.5 / math.e, 0.45),           # scaled with the length
+    # KTH: 5,000, 50,000, 2,000 of 80,000
+    ("patch4", "kth", 4_999, 80_000, 0.5, 0.5), ("patch4", "kth", 50_000, 80_000, 1, 0),
+    ("patch4", "kth", 9_000, 80_000, 1 - 0.5 * math.exp(-2), 0.5 * 41 / 45),
+    # 100,000, 200,000, 20,000 of 300,000
+    ("fullres", None, 99_999, 300_000, 0.5, 0.5), ("fullres", None, 200_000, 300_000, 1, 0),
+    ("fullres", None, 120_000, 300_000, 1 - 0.5 / math.e, 0.4)])
+def test_reverse_scheduled_sampling(variant, setup, data, iteration, iterations, rising, falling):
+    options = TRAINING[setup]["data"][data]["model"] if data else {}
+    model = PredRNN(setup=setup, variant=variant, patch=4, **SMALL, **options)
+    p = model.truth_probability(iteration, iterations, 4, 7)
+    assert p == pytest.approx([1] + 3 * [rising] + 3 * [falling], abs=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["full", "decouple"])

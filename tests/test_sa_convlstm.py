@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import count_macs, count_parameters
-from literal import apply, arrays, layer_norm, randomize, sigmoid, softmax
+from literal import apply, arrays, conv2d, layer_norm, randomize, sigmoid, softmax
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sa_convlstm import VARIANTS, SAConvLSTM, SAConvLSTMCell, SelfAttentionMemory, attend
+from sa_convlstm import VARIANTS, SAConvLSTM, SAConvLSTMCell, SelfAttentionMemory, attend, maps
 
 SMALL = dict(size=16, hidden=8, layers=3, kernel=3)
-ATTENDS = {"full": 2, "no_zm": 1, "base": 2}                      # variants with attention: maps a point
+ATTENDS = {"full": ["Z_h", "Z_m"], "no_zm": ["Z_h"], "base": ["X", "H"]}    # variants with attention: labels of maps
 
 
 def weights_of(q, k):
@@ -33,8 +33,7 @@ def gathered(q, k, v):
 def test_cell_is_the_equations(variant, norm):
     cell = randomize(SAConvLSTMCell(2, 3, 3, (4, 5), norm, variant))
     x, h, c, m = (torch.randn(1, n, 4, 5, dtype=torch.float64) for n in (2, 3, 3, 3))
-    *got, maps = cell(x, h, c, m)
-    assert maps is None
+    got = cell(x, h, c, m)
 
     w, (x, h, c, m) = arrays(cell), (v[0].numpy() for v in (x, h, c, m))
     if variant == "base":
@@ -49,44 +48,26 @@ def test_cell_is_the_equations(variant, norm):
         c = layer_norm(c, w["norm_c.weight"], w["norm_c.bias"])
     h = sigmoid(o) * np.tanh(c)
     if variant in ("full", "no_zm", "memory"):
-        seen = h
+        z_and_h = h
         if variant != "memory":
             q, k, v = np.split(apply(w, "memory.qkv_h", h), 3)
             z = gathered(q, k, v)
             if variant == "full":
                 k_m, v_m = np.split(apply(w, "memory.kv_m", m), 2)
                 z = np.concatenate([z, gathered(q, k_m, v_m)])
-            seen = np.concatenate([apply(w, "memory.fuse", z), h])
-        i, g, o = np.split(apply(w, "memory.gates.1", depthwise(w, seen)), 3)
+            z_and_h = np.concatenate([apply(w, "memory.fuse", z), h])
+        inputs = conv2d(z_and_h, w["memory.gates.0.weight"], w["memory.gates.0.bias"])          # depth-wise
+        i, g, o = np.split(apply(w, "memory.gates.1", inputs), 3)
         m = (1 - sigmoid(i)) * m + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * m
     for computed, expected in zip(got, (h, c, m)):
         np.testing.assert_allclose(computed[0].detach().numpy(), expected, atol=1e-12)
 
 
-def depthwise(w, seen):
-    """One 3×3 convolution in each channel by itself."""
-    weight, bias = w["memory.gates.0.weight"], w["memory.gates.0.bias"]
-    assert weight.shape == (len(seen), 1, 3, 3)
-    each = [apply({"one.weight": weight[n : n + 1], "one.bias": bias[n : n + 1]}, "one", seen[n : n + 1])
-            for n in range(len(seen))]
-    return np.concatenate(each)
-
-
 def test_attention_is_the_literal_softmax():
-    q, *kv = (torch.randn(2, channels, 4, 5, dtype=torch.float64) * 2 for channels in (3, 6, 6))  # two keys and values
-    z, maps = attend(q, *kv, points=torch.tensor([0, 7, 19]))
-    assert z.shape == (2, 6, 4, 5) and maps.shape == (2, 3, 2, 4, 5)
-    torch.testing.assert_close(maps.sum((3, 4)), torch.ones(2, 3, 2, dtype=torch.float64))
+    q, k, v = torch.randn(3, 2, 3, 4, 5, dtype=torch.float64) * 2
     for b in range(2):
-        for n, (k, v) in enumerate(u[b].split(3) for u in kv):
-            expected = gathered(q[b].numpy(), k.numpy(), v.numpy())
-            np.testing.assert_allclose(z[b, 3 * n:3 * n + 3].numpy(), expected, atol=1e-12)
-            alpha = weights_of(q[b].numpy(), k.numpy())
-            np.testing.assert_allclose(maps[b, :, n].numpy(), alpha[[0, 7, 19]].reshape(3, 4, 5), atol=1e-12)
-    again, none = attend(q, *kv)
-    assert none is None and torch.equal(again, z)
-    torch.testing.assert_close(attend(q, kv[1])[0], z[:, 3:])
+        np.testing.assert_allclose(attend(q, k, v)[b].numpy(), gathered(*(u[b].numpy() for u in (q, k, v))), atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", ATTENDS)
@@ -155,61 +136,33 @@ def test_sees_the_whole_frame(variant):
 
 @pytest.mark.parametrize("setup", ["patch4", "fullres"])
 @pytest.mark.parametrize("variant", ATTENDS)
-def test_attention_maps(setup, variant):
-    """The maps of query points, given in pixels, are rows of the α that each layer used."""
+@pytest.mark.parametrize("point, patch", [((0, 0), 0), ((7, 15), 1 * 4 + 3), ((15, 3), 3 * 4 + 0)])   # 4×4 patches
+def test_attention_maps(setup, variant, point, patch):
+    """The map of a query point, a pixel, is that row of the α that each layer used."""
     model = SAConvLSTM(setup=setup, variant=variant, patch=4, **SMALL)
-    inputs = {}                                                   # by module and step: what it attended to
-
-    def record(name):
-        return lambda module, given, result: inputs.setdefault(name, []).append(given)
-
-    for layer, cell in enumerate(model.cells):
-        for module in (cell.attend_x, cell.attend_h) if variant == "base" else (cell.memory,):
-            module.register_forward_hook(record((layer, module)))
-    frames, points = torch.rand(2, 3, 1, 16, 16), [(0, 0), (7, 15), (15, 3)]
-    with torch.no_grad():
-        _, found = model(frames, horizon=2, extras=points)
-    patches = [0, 1 * 4 + 3, 3 * 4 + 0]                           # on the 4×4 grid
-    for layer, cell in enumerate(model.cells):
-        maps = found["attention"][layer]
-        assert maps.shape == (2, 4, 3, ATTENDS[variant], 4, 4) and maps.dtype == torch.float32
-        torch.testing.assert_close(maps.sum((-1, -2)), torch.ones(2, 4, 3, ATTENDS[variant]))
+    inputs = {}                                                   # of each attention block, one per step
+    for module in model.modules():
+        module.register_forward_hook(lambda module, given, _: inputs.setdefault(module, []).append(given))
+    frames = torch.rand(2, 3, 1, 16, 16)
+    attention = maps(model, frames, horizon=2, point=point)["attention"]
+    assert len(attention) == len(model.cells)
+    for cell, weights in zip(model.cells, attention):
+        assert [*weights] == ATTENDS[variant]
         for step in range(4):
             if variant == "base":
-                pairs = [module.qkv(inputs[layer, module][step][0]).chunk(3, 1)[:2]
-                         for module in (cell.attend_x, cell.attend_h)]
+                blocks = cell.attend_x, cell.attend_h
+                pairs = [block.qkv(inputs[block][step][0]).chunk(3, 1)[:2] for block in blocks]
             else:
-                h, m, _ = inputs[layer, cell.memory][step]
-                q, k = cell.memory.qkv_h(h).chunk(3, 1)[:2]
-                pairs = [(q, k)] if variant == "no_zm" else [(q, k), (q, cell.memory.kv_m(m).chunk(2, 1)[0])]
-            for n, (q, k) in enumerate(pairs):
-                alpha = weights_of(*(u[1].detach().double().numpy() for u in (q, k)))[patches]
-                np.testing.assert_allclose(maps[1, step, :, n].numpy(), alpha.reshape(3, 4, 4), atol=1e-6)
+                h, m = inputs[cell.memory][step]
+                q, k, _ = cell.memory.qkv_h(h).chunk(3, 1)
+                pairs = [(q, k)] + ([(q, cell.memory.kv_m(m).chunk(2, 1)[0])] if variant == "full" else [])
+            for weight, (q, k) in zip(weights.values(), pairs):
+                assert weight.shape == (2, 4, 4, 4)
+                alpha = weights_of(*(u[1].detach().double().numpy() for u in (q, k)))[patch]
+                np.testing.assert_allclose(weight[1, step].numpy(), alpha.reshape(4, 4), atol=1e-6)
 
 
-def test_attention_maps_only_when_asked():
-    model = SAConvLSTM(**SMALL)
-    zero = torch.zeros(1, 8, 4, 4)
-    assert model.step(torch.rand(1, 16, 4, 4), [(zero, zero, zero)] * 3)[2] == [None] * 3
-    frames = torch.rand(1, 3, 1, 16, 16)
-    assert model(frames, extras="loss")[1] == {}
-    centre, same = (model(frames, extras=points)[1]["attention"] for points in (True, [(8, 8)]))
-    assert all(torch.equal(a, b) for a, b in zip(centre, same))
-    for variant in ("memory", "convlstm"):
-        assert set(SAConvLSTM(variant=variant, **SMALL)(frames, extras=True)[1]) == {"layers"}
-    for outside in ([(16, 0)], [(0, 0), (3, -1)]):
-        with pytest.raises(ValueError, match="16×16"):
-            model(frames, extras=outside)
-
-
-def test_attention_maps_in_bf16_and_recomputed():
-    model = SAConvLSTM(**SMALL)
-    frames = torch.rand(1, 3, 1, 16, 16)
-    exact = model(frames, extras=True)[1]["attention"][2]
-    model.recompute = True
-    torch.testing.assert_close(model(frames, extras=True)[1]["attention"][2], exact)
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = model(frames, extras=True)[1]["attention"][2]
-    assert rough.dtype == torch.float32
-    torch.testing.assert_close(rough.sum((-1, -2)), torch.ones(1, 2, 1, 2))   # not rounded to bf16 after the softmax
-    torch.testing.assert_close(rough, exact, rtol=0.03, atol=0.001)
+@pytest.mark.parametrize("variant", ["memory", "convlstm"])
+def test_no_attention_maps_without_attention(variant):
+    pictures = maps(SAConvLSTM(variant=variant, **SMALL), torch.rand(1, 3, 1, 16, 16), point=(8, 8))
+    assert [*pictures] == ["layers"]
