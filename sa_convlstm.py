@@ -213,10 +213,12 @@ def attention(block, inputs, output, y, x):
 
     Of a SelfAttentionMemory α of Eq. 3 and, if it attends to the memory, of Eq. 6; of a SelfAttention α of Eq. 3.
     """
-    q, *keys, _ = getattr(block, "qkv_h", block.qkv)(inputs[0]).chunk(3, 1)
+    qkv, weights = block.qkv if isinstance(block, SelfAttention) else block.qkv_h, []
+    if qkv is None:                                               # "w/o SA, w Mem"
+        return weights
+    q, *keys, _ = qkv(inputs[0]).chunk(3, 1)
     if getattr(block, "kv_m", None) is not None:
         keys.append(block.kv_m(inputs[1]).chunk(2, 1)[0])
-    weights = []
     for k in keys:                                                # each (B, C, H, W)
         scores = torch.einsum("bc,bchw->bhw", q[:, :, y, x], k)   # Eq. 2 or 5, for this query alone
         weights.append(scores.flatten(1).softmax(1).view_as(scores))
