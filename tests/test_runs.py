@@ -50,8 +50,6 @@ def before_call(monkeypatch, number, action, module=train, name="gradients"):
     monkeypatch.setattr(module, name, called)
 
 
-# ----------------------------------------------------------------------------------------------- stopped and continued
-
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_stopped_by_a_signal_that_comes_twice(name, status, monkeypatch, capsys):
     assert run(*TINY, "whole") == 0
@@ -124,8 +122,10 @@ def test_killed_at_random_moments():
     assert_same("a", "whole")
 
 
-def test_a_run_continues_from_any_folder(monkeypatch):
+def test_a_run_continues_from_any_folder_where_chmod_is_refused(monkeypatch):
     assert run(*TINY, "a") == 0
+    for name in ("chmod", "fchmod", "lchmod"):                    # as CIFS, FUSE and buckets do
+        monkeypatch.delattr(os, name, raising=False)
     Path("elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     assert run("--resume", "../runs/a", "--iterations", 14) == 0
@@ -141,9 +141,8 @@ def test_numbers_that_are_not_finite_end_a_run(damage, monkeypatch, capsys):
     def bad(self, *arguments):
         loss = step(self, *arguments)
         if self.run.iteration == 6:
-            part = next(self.model.parameters()) if damage == "weights" else self.optimizer.state_dict()["state"][0]["exp_avg_sq"]
-            if damage == "loss":
-                return loss * float("nan")
+            moments = self.optimizer.state_dict()["state"][0]["exp_avg_sq"]
+            part = dict(loss=loss, weights=next(self.model.parameters()), moments=moments)[damage]
             part.data.view(-1)[-1] = float("inf")
         return loss
 
@@ -151,14 +150,6 @@ def test_numbers_that_are_not_finite_end_a_run(damage, monkeypatch, capsys):
     line = refused(capsys, *TINY, "a", status=1)
     assert "not finite" in line and "last.pt" in line and "--lr" in line
     assert train.open_run("runs/a").iteration == 6                # the last good one
-
-
-def test_a_forecast_that_is_not_finite_ends_a_run(monkeypatch, capsys):
-    before_call(monkeypatch, 9, lambda: None)
-    forward = train.model_file("convlstm").MODEL.forward
-    monkeypatch.setattr(train.model_file("convlstm").MODEL, "forward", lambda model, *arguments, **options: (
-        forward(model, *arguments, **options) * (1 if model.training and torch.is_grad_enabled() else float("inf"))))
-    assert "not finite" in refused(capsys, *TINY, "a", status=1) and not Path("runs/a/results.json").exists()
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
@@ -194,14 +185,6 @@ def test_a_full_disk_is_named(monkeypatch, capsys):
     monkeypatch.setattr(os, "fsync", full)
     assert "No space left" in refused(capsys, *TINY, "b")
     assert not list(Path("runs/b").glob("*.tmp")) and not Path("runs/b/last.pt").exists()
-
-
-def test_a_file_system_that_refuses_chmod(monkeypatch):
-    def refuse(*_):
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-    monkeypatch.setattr(os, "chmod", refuse)
-    monkeypatch.setattr(os, "fchmod", refuse)
-    assert run(*TINY, "a", "--iterations", 2) == 0 and run("--eval", "a") == 0
 
 
 @pytest.mark.parametrize("output", ["fifo", "full", "closed"])
@@ -248,16 +231,14 @@ def test_a_damaged_log_is_met_before_anything_is_done(content, monkeypatch, caps
 
 
 def test_a_bit_that_flipped_is_found(capsys):
-    """In weights and settings; and in the zip file's directory, where byte 38 of an entry once gave memory that nobody
-    had written."""
+    """In weights, settings, and the zip file's directory, where byte 38 of an entry gave memory nobody had written."""
     assert run(*TINY, "a", "--iterations", 2) == 0
     path, random = Path("runs/a/last.pt"), np.random.default_rng(0)
     content, state = path.read_bytes(), train.open_run("runs/a").model.state_dict()
-    with zipfile.ZipFile(path) as file:
-        directory, entries = file.start_dir, len(file.infolist())
-    at = [k for k in range(directory, len(content) - 46) if content[k:k + 4] == b"PK\1\2"]
-    assert len(at) == entries
-    places = [*(k + 38 for k in at), *random.integers(0, directory, 60), *random.integers(directory, len(content), 60)]
+    directory = content.index(b"PK\1\2")
+    at = [k for k in range(directory, len(content)) if content[k:k + 4] == b"PK\1\2"]
+    assert len(at) == len(zipfile.ZipFile(path).infolist())
+    places = [k + 38 for k in at] + [*random.integers(0, directory, 60), *random.integers(directory, len(content), 60)]
     refusals = 0
     for place in places:
         changed = bytearray(content)
