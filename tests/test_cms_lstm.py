@@ -7,7 +7,8 @@ from conftest import count_macs, count_parameters
 from literal import apply, arrays, conv2d, layer_norm, randomize, sigmoid, softmax
 
 from cms_lstm import (BUILT_OF, PUBLISHED, VARIANTS, CMSLSTM, CMSLSTMCell, ContextEmbedding, PredRNNCell,
-                      SAConvLSTMCell, SpatiotemporalExpression, cut, join, maps)
+                      SAConvLSTMCell, SpatiotemporalExpression, cut, join)
+from train import maps
 
 
 def literal_ce(w, name, x, h, steps=5):
@@ -268,7 +269,7 @@ def test_sizes_that_the_scales_divide(variant, size, works):
     if works:
         CMSLSTM(size=size, variant=variant, hidden=4)
     else:
-        with pytest.raises(ValueError, match=f"{size}×{size}: .* of {dict(full=16, se2=8)[variant]}, the patch times"):
+        with pytest.raises(ValueError, match=f"{size}×{size}: .* of {dict(full=16, se2=8)[variant]}, patch × scale"):
             CMSLSTM(size=size, variant=variant, hidden=4)
 
 
@@ -277,7 +278,7 @@ def test_maps():
     model = CMSLSTM(size=(16, 32), hidden=8, layers=2, channels=2)
     frames = torch.rand(2, 4, 2, 16, 32)
     pictures = maps(model, frames, horizon=2)
-    assert list(pictures) == ["layers", "ce_input"]
+    assert set(pictures) == {"layers", "ce_input"}
     for layers in pictures.values():
         assert [w.shape for layer in layers for w in layer.values()] == len(layers[0]) * 2 * [(2, 5, 8, 4, 8)]
     before, after = zip(*(layer.values() for layer in pictures["ce_input"]))

@@ -64,7 +64,7 @@ def test_every_step_costs_the_same(name):
 def test_each_file_lists_its_variants(name, capsys):
     """python NAME.py: every variant under both set-ups, with its parameters and multiply-accumulates."""
     runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-    listed = re.findall(r"^(\S+) +(\S+) +([\d,]+) +([\d.]+G)   (\S.*)$", capsys.readouterr().out, re.MULTILINE)
+    listed = re.findall(r"^(\S+) +(\S+) +([\d,]+) p\S+ +([\d.]+G) m\S+   (\S.*)$", capsys.readouterr().out, re.MULTILINE)
     expected = []
     for setup, variant in itertools.product(MODULES[name].NETWORK, MODULES[name].VARIANTS):
         parameters, macs = count(name, dict(setup=setup, variant=variant, data="moving_mnist"))

@@ -6,7 +6,8 @@ import torch
 from conftest import count_macs, count_parameters
 from literal import apply, arrays, layer_norm, randomize, sigmoid
 
-from moderrnn import DetailContextBlock, MoDeRNN, MoDeRNNCell, maps, mean_of
+from moderrnn import DetailContextBlock, MoDeRNN, MoDeRNNCell, mean_of
+from train import maps
 
 
 def literal_dcb(w, name, x, h, kernels):

@@ -8,7 +8,8 @@ from literal import apply, arrays, conv2d, layer_norm, randomize, sigmoid
 from torch import nn
 
 from convlstm import ConvLSTM
-from ms_lstm import MSLSTM, MKLSTMCell, maps
+from ms_lstm import MSLSTM, MKLSTMCell
+from train import maps
 
 
 def literal_mk_lstm(w, x, h, c, c_wide, norm):
@@ -105,9 +106,9 @@ def test_any_even_number_of_layers_mirrors(layers, depths):
 def test_odd_layers_and_sizes_that_do_not_halve_are_refused(variant):
     with pytest.raises(ValueError, match="layers=5: .* even"):
         MSLSTM(variant=variant, layers=5)
-    with pytest.raises(ValueError, match="62×64: .* multiple of 4,"):
+    with pytest.raises(ValueError, match="62×64: .* multiples of 4,"):
         MSLSTM(variant=variant, size=(62, 64))
-    with pytest.raises(ValueError, match="36×36: .* multiple of 8,"):
+    with pytest.raises(ValueError, match="36×36: .* multiples of 8,"):
         MSLSTM(variant=variant, setup="patch4", size=36)
     MSLSTM(variant=variant, size=(60, 180), hidden=2)
     alone = MSLSTM(variant=dict(sms="convlstm", full="tms")[variant], layers=3, size=(13, 10), hidden=2)    # any will do

@@ -7,7 +7,8 @@ from conftest import count_macs, count_parameters
 from literal import apply, arrays, conv2d, layer_norm, randomize, sigmoid, softmax
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sa_convlstm import VARIANTS, SAConvLSTM, SAConvLSTMCell, SelfAttentionMemory, attend, maps
+from sa_convlstm import VARIANTS, SAConvLSTM, SAConvLSTMCell, SelfAttentionMemory, attend
+from train import maps
 
 SMALL = dict(size=16, hidden=8, layers=3, kernel=3)
 ATTENDS = {"full": ["Z_h", "Z_m"], "no_zm": ["Z_h"], "base": ["X", "H"]}    # variants with attention: labels of maps
