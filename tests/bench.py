@@ -1,71 +1,64 @@
-"""What a training step costs: time, memory, FLOP/s. Not a test: run it.
+"""What a training step costs: milliseconds, sequences per second, memory. Not a test: run it.
 
-    python tests/bench.py                              all models; 20 random frames of 64×64
-    python tests/bench.py cms_lstm --clock cpu         one of them, on a machine that is not idle
+    python tests/bench.py                       all models, each with its paper's set-up, 20 frames of 64×64
+    python tests/bench.py cms_lstm --profile    one of them, and which kernels its step consists of
 
-A training step of each model in these forms, from the same weights, half of the frames its own:
+A step (forward and backward pass, optimiser) in these forms, half of the frames the model's own:
 
-    ours              the model file; also in bf16, with --recompute and, on CUDA, as training runs it: as one graph,
-                      and as one of compiled steps
-    straightforward   the same as the papers' own released code writes it: frames cut into patches by reshapes, sampling
-                      masks built one sequence and step at a time and as large as the frames, one convolution per input
-                      (Q, K, V: one each), split, gate by gate; softmax(QᵀK) stored, then multiplied with V; SE's blocks
-                      sliced out in loops. Before anything is measured, the two must agree in fp64.
-    bound             our convolutions and attention from inputs that lie ready, and nothing else: what is left to gain
+    compiled graph    as train.py takes it on CUDA
+    straightforward   as the papers' released code writes it: frames cut into patches by reshapes, sampling masks built
+                      one sequence and step at a time and as large as the frames, a convolution per input (Q, K, V: one
+                      each), split, gate by gate; softmax(QᵀK) stored, then multiplied with V; SE's blocks sliced out
+    graph, eager      ours without compiling; without a graph either, as --eager and on the CPU
 
-They take turns in one process, so that whatever else the machine does meets all of them: what counts are the ratios.
+On CUDA in bf16 with the paper's batch, on the CPU in fp32 with two sequences. Each is printed as soon as it is measured.
+test_bench.py holds the straightforward form to ours.
 """
 
 import argparse
 import copy
+import gc
+import os
 import statistics
-import time
-from functools import partial
+import subprocess
+import sys
+import tempfile
+from collections import Counter
 
 import numpy as np
 import torch
 from conftest import ROOT  # noqa: F401  puts the project on the import path
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import timer
+from torch.utils.benchmark import timer                           # waits for the device
 
 import train
 
 # ---------------------------------------------------------------------------------------- the straightforward form
 
-def gates(of_x, of_h, hidden):
-    """What x and h have for each gate, from convolutions of their own."""
-    return zip(torch.split(of_x, hidden, 1), torch.split(of_h, hidden, 1))
+def split(u, like):
+    return torch.split(u, like.shape[1], 1)
+
+
+def remember(x, h, c, forget_offset):
+    """f ∘ c + i ∘ g, of what x and h add to each gate."""
+    i = torch.sigmoid(x[0] + h[0])
+    f = torch.sigmoid(x[1] + h[1] + forget_offset)
+    g = torch.tanh(x[2] + h[2])
+    return f * c + i * g
 
 
 def convlstm(cell, x, h, c):
-    (i_x, i_h), (f_x, f_h), (g_x, g_h), (o_x, o_h) = gates(cell.x2h(x), cell.h2h(h), h.shape[1])
-    i = torch.sigmoid(i_x + i_h)
-    f = torch.sigmoid(f_x + f_h + cell.forget_offset)
-    g = torch.tanh(g_x + g_h)
-    o = torch.sigmoid(o_x + o_h)
-    c = cell.norm_c(f * c + i * g)
-    return o * torch.tanh(c), c
+    x, h = split(cell.x2h(x), c), split(cell.h2h(h), c)
+    c = cell.norm_c(remember(x, h, c, cell.forget_offset))
+    return torch.sigmoid(x[3] + h[3]) * torch.tanh(c), c
 
 
 def st_lstm(cell, x, h, c, m):
-    i_x, f_x, g_x, i_xm, f_xm, g_xm, o_x = torch.split(cell.x2h(x), h.shape[1], 1)
-    i_h, f_h, g_h, o_h = torch.split(cell.h2h(h), h.shape[1], 1)
-    i_m, f_m, g_m = torch.split(cell.m2h(m), h.shape[1], 1)
-    i = torch.sigmoid(i_x + i_h)
-    f = torch.sigmoid(f_x + f_h + cell.forget_offset)
-    g = torch.tanh(g_x + g_h)
-    c = f * c + i * g
-    i_prime = torch.sigmoid(i_xm + i_m)
-    f_prime = torch.sigmoid(f_xm + f_m + cell.forget_offset)
-    g_prime = torch.tanh(g_xm + g_m)
-    m = f_prime * m + i_prime * g_prime
+    x, h, of_m = split(cell.x2h(x), c), split(cell.h2h(h), c), split(cell.m2h(m), c)
+    c, m = remember(x, h, c, cell.forget_offset), remember(x[3:], of_m, m, cell.forget_offset)
     memory = torch.cat((c, m), 1)
-    o = torch.sigmoid(o_x + o_h + cell.cm2o(memory))
+    o = torch.sigmoid(x[6] + h[3] + cell.cm2o(memory))
     return o * torch.tanh(cell.mix(memory)), c, m
 
 
@@ -73,7 +66,7 @@ def sa_convlstm(cell, x, h, c, m):
     h, c = convlstm(cell, x, h, c)
     memory, (q, k, v), (k_m, v_m) = cell.memory, each(cell.memory.qkv_h, h), each(cell.memory.kv_m, m)
     z = memory.fuse(torch.cat([attend(q, k, v), attend(q, k_m, v_m)], 1))
-    i, g, o = torch.split(memory.gates(torch.cat([z, h], 1)), h.shape[1], 1)
+    i, g, o = split(memory.gates(torch.cat([z, h], 1)), h)
     i = torch.sigmoid(i)
     m = (1 - i) * m + i * torch.tanh(g)
     return torch.sigmoid(o) * m, c, m
@@ -93,9 +86,9 @@ def attend(q, k, v):
 def cms_lstm(cell, x, h, c):
     for step in range(cell.ce.steps):
         if step % 2 == 0:
-            x = 2 * torch.sigmoid(cell.ce.of_h(h)) * x
+            x = 2 * torch.sigmoid(cell.ce.conv_h(h)) * x
         else:
-            h = 2 * torch.sigmoid(cell.ce.of_x(x)) * h
+            h = 2 * torch.sigmoid(cell.ce.conv_x(x)) * h
     h, c = convlstm(cell, x, h, c)
     se, (height, width), z, expressed = cell.se, h.shape[2:], torch.cat([h, c], 3), []
     for n, scale in enumerate(se.scales):
@@ -110,39 +103,33 @@ def cms_lstm(cell, x, h, c):
         expressed.append(torch.cat([context[..., 0], context[..., 1]], 3) + z)
     a = se.norm_a(se.fuse(torch.cat(expressed, 1)))
     a = se.mix(torch.cat(torch.split(a, width, 3), 1))
-    (i_a, i_h), (g_a, g_h), (o_a, o_h) = gates(se.a2g(a), se.h2g(h), h.shape[1])
-    i = torch.sigmoid(i_a + i_h)
-    c = se.norm_c((1 - i) * c + i * torch.tanh(g_a + g_h))
-    return torch.sigmoid(o_a + o_h) * c, c
+    (i, g, o), (i_h, g_h, o_h) = split(se.a2g(a), h), split(se.h2g(h), h)
+    i = torch.sigmoid(i + i_h)
+    c = se.norm_c((1 - i) * c + i * torch.tanh(g + g_h))
+    return torch.sigmoid(o + o_h) * c, c
 
 
 def moderrnn(cell, x, h, c):
-    for step in range(cell.dcb.steps):
+    for step in range(5):
         if step % 2 == 0:
-            x = cell.dcb.scale * torch.sigmoid(sum(each(cell.dcb.of_h, h)) / 3) * x
+            x = 2 * torch.sigmoid(sum(each(cell.dcb.conv_h, h)) / 3) * x
         else:
-            h = cell.dcb.scale * torch.sigmoid(sum(each(cell.dcb.of_x, x)) / 3) * h
+            h = 2 * torch.sigmoid(sum(each(cell.dcb.conv_x, x)) / 3) * h
     return convlstm(cell, x, h, c)
 
 
 def mk_lstm(cell, x, h, c, c_wide):
-    (i_x, i_h), (f_x, f_h), (g_x, g_h), (o_x, o_h) = gates(cell.x2h(x), cell.h2h(h), h.shape[1])
-    (i_x5, i_h5), (f_x5, f_h5), (g_x5, g_h5), (o_x5, o_h5) = gates(cell.x2h_wide(x), cell.h2h_wide(h), h.shape[1])
-    i = torch.sigmoid(i_x + i_h)
-    f = torch.sigmoid(f_x + f_h + cell.forget_offset)
-    g = torch.tanh(g_x + g_h)
-    c = cell.norm_c(f * c + i * g)
-    i5 = torch.sigmoid(i_x5 + i_h5)
-    f5 = torch.sigmoid(f_x5 + f_h5 + cell.forget_offset)
-    g5 = torch.tanh(g_x5 + g_h5)
-    c_wide = cell.norm_c_wide(f5 * c_wide + i5 * g5)
-    o = torch.sigmoid(o_x + o_h + cell.c2o(c) + o_x5 + o_h5 + cell.c2o_wide(c_wide))
+    wide = split(cell.x2h_wide(x), c), split(cell.h2h_wide(h), c)
+    x, h = split(cell.x2h(x), c), split(cell.h2h(h), c)
+    c = cell.norm_c(remember(x, h, c, cell.forget_offset))
+    c_wide = cell.norm_c_wide(remember(*wide, c_wide, cell.forget_offset))
+    o = torch.sigmoid(x[3] + h[3] + cell.c2o(c) + wide[0][3] + wide[1][3] + cell.c2o_wide(c_wide))
     return o * torch.tanh(cell.mix(torch.cat([c, c_wide], 1))), c, c_wide
 
 
 # Of each model: its cell, and how many states of its own a layer has (PredRNN's M, handed from layer to layer, aside).
-CELLS = {"convlstm": (convlstm, 2), "predrnn": (st_lstm, 2), "sa_convlstm": (sa_convlstm, 3), "cms_lstm": (cms_lstm, 2),
-         "moderrnn": (moderrnn, 2), "ms_lstm": (mk_lstm, 3)}
+CELLS = dict(convlstm=(convlstm, 2), predrnn=(st_lstm, 2), sa_convlstm=(sa_convlstm, 3), cms_lstm=(cms_lstm, 2),
+             moderrnn=(moderrnn, 2), ms_lstm=(mk_lstm, 3))
 
 
 class Straightforward(nn.Module):
@@ -150,7 +137,7 @@ class Straightforward(nn.Module):
 
     def __init__(self, name, model):
         super().__init__()
-        self.model, (self.cell, self.states), self.memory = copy.deepcopy(model), CELLS[name], name == "predrnn"
+        self.model, (self.cell, self.states) = copy.deepcopy(model), CELLS[name]
         for module in [*self.model.modules()]:                    # Q, K, V: a convolution each
             for fused in {"qkv", "qkv_h", "kv_m"} & {*dict(module.named_children())}:
                 layer, parts = getattr(module, fused), nn.ModuleList()
@@ -159,7 +146,7 @@ class Straightforward(nn.Module):
                     parts[-1].weight.data, parts[-1].bias.data = weight.clone(), bias.clone()
                 setattr(module, fused, parts)
 
-    def forward(self, frames, use_truth, extras=False):
+    def forward(self, frames, use_truth):
         B, T, C, height, width = frames.shape
         model, p, depths = self.model, self.model.patch, getattr(self.model, "depths", [0] * len(self.model.cells))
         height, width, hidden = height // p, width // p, model.hidden
@@ -182,7 +169,7 @@ class Straightforward(nn.Module):
                 if layer and depths[layer] < depths[layer - 1]:
                     h = F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
                     h = h + state[len(model.cells) - 1 - layer][0]
-                if self.memory:
+                if self.cell == st_lstm:
                     *state[layer], memory = self.cell(cell, h, *state[layer], memory)
                 else:
                     state[layer] = self.cell(cell, h, *state[layer])
@@ -190,251 +177,99 @@ class Straightforward(nn.Module):
             x = model.output(h)
             predictions.append(x)
         predictions = torch.stack(predictions, 1).view(B, T - 1, C, p, p, height, width)
-        predictions = predictions.permute(0, 1, 2, 5, 3, 6, 4).reshape(B, T - 1, *frames.shape[2:])
-        return (predictions, {}) if extras else predictions
+        return predictions.permute(0, 1, 2, 5, 3, 6, 4).reshape(B, T - 1, *frames.shape[2:])
 
 
-def check_equal(plain, ours, frames):
-    """In fp64, predictions and the gradient of the first layer, which all others and all steps go into.
+# --------------------------------------------------------------------------------------------------------------- bench
 
-    Sequences read truth and predictions in turn.
-    """
-    mask = (torch.arange(frames.shape[1] - 1)[:, None] + torch.arange(len(frames)) % 2).to(frames.device) % 2 == 0
-    found = []
-    for form, embed in ((plain, lambda form: form.model.embed), (ours, lambda form: form.embed)):
-        form = copy.deepcopy(form).double()
-        predictions = form(frames.double(), use_truth=mask)
-        found.append((predictions, *torch.autograd.grad(predictions.square().sum(), embed(form).weight)))
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+FORMS = dict(cuda=("compiled graph", "straightforward", "graph", "eager"), cpu=("straightforward", "eager"))
 
 
-# ------------------------------------------------------------------------------------------------------- instruments
-
-class Alive(TorchDispatchMode):
-    """Counts the memory of the tensors that were made inside and are still alive, each storage once."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return out
-
-    def bytes(self, apart=()):
-        apart = {tensor.untyped_storage()._cdata for tensor in apart}
-        return sum(size for key, (ref, size) in self.storages.items() if key not in apart and not ref.expired())
+def step_of(form, name, device, batch):
+    """A training step of a model in one of the forms, to be called without arguments."""
+    module, precision = train.model_file(name), dict(cuda="bf16", cpu="fp32")[device.type]
+    training, model = module.TRAINING[module.DEFAULT_SETUP], module.MODEL()
+    config = dict(batch=batch, precision=precision, loss=training["loss"], optimizer=training["optimizer"], lr=1e-3,
+                  weight_decay=0.0, reverse=False, recompute=False, frames_in=10, horizon=10,
+                  iterations=train.COMPILE_FROM if form == "compiled graph" else 1, eager="graph" not in form)
+    if form == "straightforward":                                 # autocast as usual: it keeps the weights that it cast
+        model = Straightforward(name, model)
+        model.forward = torch.autocast(device.type, torch.bfloat16, precision == "bf16")(model.forward)
+    step = train.Step(train.Run(None, config, model, device=device), config)
+    frames, mask = torch.rand(batch, 20, 1, 64, 64).to(device), torch.rand(19, batch).to(device) < 0.5
+    return lambda: step(frames, mask, config["lr"])
 
 
-def kept_bytes(model, frames, **options):
-    """Bytes that one roll-out keeps for its backward pass; parameters, frames and predictions left out.
-
-    The gradients that are alive at any moment of the backward pass come on top. With model and frames on device="meta"
-    nothing is computed; the count is the same but for attention, which stores its scores there and not on the CPU.
-    """
-    with Alive() as alive:
-        predictions = model(frames, **options)
-    return alive.bytes(apart=(frames, predictions, *model.parameters()))
-
-
-def layer_output_bytes(model, frames):
-    """M_out of the MS-LSTM paper, §4.3: bytes that the layers with weights (convolutions, LayerNorms) put out in one
-    roll-out over frames."""
-    total = 0
-
-    def add(module, inputs, output):
-        nonlocal total
-        total += output.nbytes
-
-    layers = [m for m in model.modules() if not [*m.children()] and [*m.parameters(recurse=False)]]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    with torch.no_grad():
-        model(frames)
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
-class Record(TorchFunctionMode):
-    """Records the convolutions and attention computed inside; called, it computes them again, forward and backward."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        if func in (F.conv2d, F.scaled_dot_product_attention):
-            # other numbers, but as laid out in memory
-            args = [torch.rand_like(x).requires_grad_(x.requires_grad)
-                    if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter) else x for x in args]
-            needed = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
-            self.calls.append((func, args, kwargs or {}, needed, torch.rand_like(output)))
-        return output
-
-    def __call__(self):
-        for func, args, kwargs, needed, gradient in self.calls:
-            torch.autograd.grad(func(*args, **kwargs), needed, gradient)
-
-
-def in_turn(steps, repeats, clock=timer):
-    """Seconds of `repeats` calls of each step, {form: [seconds, …]}; torch's timer waits for the device."""
-    seconds = {form: [] for form in steps}
-    for _ in range(repeats):
-        for form, step in steps.items():
-            begun = clock()
-            step()
-            seconds[form].append(clock() - begun)
+def measure(step, warm_up, clock=timer):
+    """Seconds of up to 20 calls, but of three where they take over 0.1 s."""
+    seconds = []
+    for _ in range(warm_up):
+        step()
+    while len(seconds) < 3 or len(seconds) < 20 and max(seconds) < 0.1:
+        begun = clock()
+        step()
+        seconds.append(clock() - begun)
     return seconds
 
 
-def ceiling(device, precision):
-    """FLOP/s of one large matrix product, as such or as a 1×1 convolution, which may go through another library."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    image, kernel = b.view(1, n, 32, n // 32), a.view(n, n, 1, 1)
-    with train.autocast(device, precision):
-        seconds = in_turn({"product": lambda: a @ b, "convolution": lambda: torch.conv2d(image, kernel)}, repeats=6)
-    return 2 * n**3 / min(second for each in seconds.values() for second in each[1:])
+def compile_all(names):
+    """Compile the models side by side, in a process each, into the folder that this one reads from."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="bench-"))
+    environment = os.environ | dict(TORCHINDUCTOR_COMPILE_THREADS="2")
+    for process in [subprocess.Popen([sys.executable, __file__, "--compile", name], env=environment) for name in names]:
+        process.wait()
 
 
-# ------------------------------------------------------------------------------------------------------------ bench
-
-def bench(name, setup, batch, frames, device, precision, repeats, clock=timer):
-    """One model: ({form: seconds of each repeat}, {form: bytes}), without the forms that do not fit the device."""
-    module = train.model_file(name)
-    torch.manual_seed(0)
-    ours = module.MODEL(setup=setup).to(device)
-    plain = Straightforward(name, ours)
-    frames = torch.rand(batch, frames, 1, 64, 64, device=device)
-    mask = torch.rand(frames.shape[1] - 1, batch, device=device) < 0.5
-    check_equal(plain, ours, frames[:, :5])
-    config = dict(batch=batch, loss="l2", lr=1e-3, weight_decay=0.0, optimizer=module.TRAINING[setup]["optimizer"])
-    optimizers = {model: train.make_optimizer(model, config) for model in (plain, ours)}
-    forms = {"ours": (ours, precision), "ours, bf16": (ours, "bf16"), "ours, recompute": (ours, precision),
-             "straightforward": (plain, precision)}
-    if precision == "bf16" or not train.computes_in(device, "bf16"):
-        del forms["ours, bf16"]
-    record, steps, sizes = Record(), {}, {}
-
-    def step(form):
-        model, arithmetic = forms[form]
-        model.recompute = form == "ours, recompute"
-        train.train_step(model, optimizers[model], frames, mask, config | dict(precision=arithmetic))
-
-    def memory(form):
-        """The allocator's peak on CUDA; elsewhere weights, gradients, Adam's moments and what autograd keeps."""
-        model, arithmetic = forms[form]
-        weights = sum(p.nbytes for p in model.parameters())
-        if device.type == "cuda":
-            model.zero_grad()
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)          # its weights and moments among it
-            step(form)
-            return torch.cuda.max_memory_allocated(device) - before + 3 * weights
-        with train.autocast(device, arithmetic):
-            return 4 * weights + kept_bytes(model, frames, use_truth=mask)
-
-    def bound():
-        with train.autocast(device, precision):
-            record()
-
-    for form in forms:
-        try:
-            step(form)                                            # warms up
-            steps[form], sizes[form] = partial(step, form), memory(form)
-        except (MemoryError, RuntimeError) as error:
-            if not train.out_of_memory(error):
-                raise
-            print(f"{name}, {setup}, {form}: out of memory; a smaller --batch would fit")
-    if "ours" in steps:
-        with record:
-            step("ours")
-        steps["bound"] = bound
-        if device.type == "cuda":
-            for form, compile in ("ours, graph", False), ("ours, compiled", True):
-                graph = train.Step(ours, config | dict(precision=precision, reverse=False, compile=compile), device)
-                steps[form] = partial(graph, frames, mask, config["lr"])
-                try:
-                    for _ in range(4):                            # the third is recorded, the fourth replays
-                        steps[form]()
-                except RuntimeError as error:
-                    if not train.not_compiled(error):
-                        raise
-                    del steps[form]
-                    print(f"{name}, {setup}, {form}: {train.not_compiled(error)}")
-    weights = sum(p.nbytes for p in ours.parameters())
-    sizes["4·M_par + 2·M_out"] = 4 * weights + 2 * layer_output_bytes(ours, frames)
-    return in_turn(steps, repeats, clock), sizes
-
-
-FORMS = ("ours", "ours, graph", "ours, compiled", "ours, bf16", "ours, recompute", "straightforward", "bound",
-         "4·M_par + 2·M_out")
-ROW = "{:20} {:>24} {:>7} {:>9} {:>8} {:>8} {:>10} {:>7}"
+def profile(step, device):
+    """What one call of a step consists of: [(milliseconds, calls, name), …] by time. On CUDA its kernels, on the CPU
+    its operations, each with those that it calls."""
+    kind = getattr(torch.profiler.ProfilerActivity, device.type.upper())
+    with torch.profiler.profile(activities=[kind]) as profiled:
+        step()
+        timer()                                                   # waits
+    milliseconds, calls = Counter(), Counter()
+    for event in profiled.profiler.kineto_results.events():       # the usual .events() takes half a minute
+        if event.device_type().name == device.type.upper():
+            milliseconds[event.name()] += event.duration_ns() / 1e6
+            calls[event.name()] += 1
+    return [(each, calls[name], name) for name, each in milliseconds.most_common()]
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
     p.add_argument("models", metavar="MODEL", nargs="*", help=", ".join(train.MODELS))
     p.add_argument("--device", help="cuda, cuda:N or cpu (cuda where there is one)")
-    p.add_argument("--setup", choices=("patch4", "fullres"), help="(the model's own paper's; on CUDA both)")
-    p.add_argument("--batch", type=train.POSITIVE, help="(the set-up's on CUDA, 2 on the CPU)")
-    p.add_argument("--frames", type=train.POSITIVE, default=20, help="of a sequence (20)")
-    p.add_argument("--precision", choices=("fp32", "tf32", "bf16"), help="(bf16 on CUDA, fp32 on the CPU)")
-    p.add_argument("--repeats", type=train.POSITIVE, default=5, help="steps that are timed (5)")
-    p.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's own time (wall)")
+    p.add_argument("--profile", action="store_true", help="list what a step of the first form consists of, by time")
+    p.add_argument("--compile", action="store_true", help="only compile, for a later call")
     args = p.parse_args(argv)
     try:
         device = train.device_of(args.device, quick=True)
-        precision = train.precision_of(args.precision, device)
         modules = {name: train.model_file(name) for name in args.models or train.MODELS}
     except train.UserError as error:
         p.exit(2, f"bench.py: {error}\n")
-    on_cuda, found = device.type == "cuda", []
-    peaks = {name: ceiling(device, name) for name in (precision, "bf16") if train.computes_in(device, name)}
-    print(f"{train.versions(device)['device']}, torch {torch.__version__}, {precision}; {args.frames} frames of 64×64; "
-          f"ceiling: {', '.join(f'{peak / 1e9:,.0f} GFLOP/s in {name}' for name, peak in peaks.items())}\n")
-    print(ROW.format("", "seconds a step:", "", "sequences", "", "of the", "", ""))
-    print(ROW.format("", "median (least – most)", "÷ ours", "a second", "GFLOP/s", "ceiling", "memory, MB", "÷ ours"))
+    on_cuda = device.type == "cuda"
+    print(f"{train.versions(device)['device']}, torch {torch.__version__}", flush=True)
+    if on_cuda and not args.compile:
+        compile_all(modules)
     for name, module in modules.items():
-        # On the CPU full frames take minutes a step for the models with attention: there only if asked for.
-        for setup in [args.setup] if args.setup else [*module.NETWORK] if on_cuda else [module.DEFAULT_SETUP]:
-            batch = args.batch or (module.TRAINING[setup]["batch"] if on_cuda else 2)
-            seconds, sizes = bench(name, setup, batch, args.frames, device, precision, args.repeats,
-                                   timer if args.clock == "wall" else time.process_time)
-            medians = {form: statistics.median(each) for form, each in seconds.items()}
-            flop = 6 * batch * train.cost(module, args.frames, setup=setup)[1]
-            found.append((medians, sizes))
-            print(f"\n{name}, {setup}, batch {batch}")
-            for form in FORMS:
-                cells = [""] * 7
-                if form in medians:
-                    median, peak = medians[form], peaks["bf16" if "bf16" in form else precision]
-                    cells[:5] = (f"{median:.3f} ({min(seconds[form]):.3f} – {max(seconds[form]):.3f})",
-                                 over_ours([medians], form), f"{batch / median:.2f}", f"{flop / median / 1e9:,.0f}",
-                                 f"{flop / median / peak:.1%}")
-                if form in sizes:
-                    cells[5:] = f"{sizes[form] / 1e6:,.0f}", over_ours([sizes], form)
-                if any(cells):
-                    print(ROW.format(form, *cells), flush=True)
-    medians, sizes = zip(*found)
-    print("\ngeometric means")
-    for form in FORMS[1:]:
-        print(ROW.format(form, "", over_ours(medians, form), "", "", "", "", over_ours(sizes, form)))
-    print(f"""
-memory: {"the allocator's peak" if on_cuda else "weights, gradients, Adam's moments and what autograd keeps"}
-4·M_par + 2·M_out: the same by the MS-LSTM paper, §4.3, of the weights and the outputs of the layers
-GFLOP/s: six times the counted multiply-accumulates (forward, and twice that backward), by the median""")
-
-
-def over_ours(found, form):
-    """The geometric mean, over those that have both, of what a form takes beside what ours takes; "" if none has."""
-    ratios = [each[form] / each["ours"] for each in found if form in each and "ours" in each]
-    return f"{statistics.geometric_mean(ratios):.3f}" if ratios else ""
+        batch = module.TRAINING[module.DEFAULT_SETUP]["batch"] if on_cuda else 2
+        for form in FORMS[device.type]:
+            gc.collect()
+            if on_cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            step = step_of(form, name, device, batch)
+            if args.compile:
+                step()
+                break
+            seconds = measure(step, warm_up=4 if on_cuda else 1)  # the third call is recorded
+            middle, least, most = (1e3 * each for each in (statistics.median(seconds), min(seconds), max(seconds)))
+            memory = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if on_cuda else ""
+            print(f"{name}, batch {batch}, {form}: {middle:.2f} ms ({least:.2f} – {most:.2f}), "
+                  f"{1e3 * batch / middle:.1f} sequences/s{memory}", flush=True)
+            if args.profile and form == FORMS[device.type][0]:
+                for milliseconds, calls, kernel in profile(step, device)[:30]:
+                    print(f"    {milliseconds:8.3f} ms {calls:6}  {kernel[:90]}")
 
 
 if __name__ == "__main__":
