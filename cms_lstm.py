@@ -40,8 +40,7 @@ def conv(inputs, outputs, kernel, size, norm):
 class ContextEmbedding(nn.Module):
     """CE, §3.1: x and h (B, C, H, W) weight each other in turn -> x̂ and ĥ.
 
-    kernel: of its two convolutions, odd. size, norm: as the cell's. steps: how many half-steps, at least 2.
-    """
+    kernel: of its two convolutions, odd. size, norm: as the cell's. steps: how many half-steps, at least 2."""
 
     def __init__(self, channels, kernel=3, size=None, norm=False, steps=5):
         super().__init__()
@@ -66,8 +65,7 @@ class SpatiotemporalExpression(nn.Module):
     """SE, §3.2: h and c (B, C, H, W) attend to themselves and to each other at several scales -> ĥ and ĉ.
 
     kernel: of its three large convolutions, odd. size, norm: as the cell's. scales: each s cuts both maps into s × s
-    blocks, so H and W must be multiples of it.
-    """
+    blocks, so H and W must be multiples of it."""
 
     def __init__(self, channels, kernel=5, size=None, norm=False, scales=(1, 2, 4)):
         super().__init__()
@@ -108,8 +106,7 @@ def cut(z, s):
     s = 2:   ┌─── H ───┬─── C ───┐
              │  a │  b │  a │  b │      four sequences: the positions of both a, of both b,
              │  c │  d │  c │  d │      of both c and of both d
-             └─────────┴─────────┘
-    """
+             └─────────┴─────────┘"""
     B, n, height, width = z.shape
     # height: s blocks of H/s rows; width: H or C, then s blocks of W/s columns
     z = z.reshape(B, n, s, height // s, 2, s, width // 2 // s)
@@ -164,8 +161,7 @@ class CMSLSTM(nn.Module):
 
     channels, size (int or (H, W)): of a frame, each side a multiple of the patch times SE's largest scale. setup:
     "patch4" or "fullres". variant: a key of VARIANTS. hidden, layers, kernel (of CE and the gates, odd), patch: in
-    place of the set-up's. ValueError for what cannot be built.
-    """
+    place of the set-up's. ValueError for what cannot be built."""
 
     def __init__(self, channels=1, size=64, setup="patch4", variant="full",
                  hidden=None, layers=None, kernel=None, patch=None):
@@ -193,7 +189,8 @@ class CMSLSTM(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: not (B, T, {self.channels}, H, W), T + horizon > 1")
+            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: they must be (B, T, {self.channels}, H, W), "
+                             "none of these 0, and T + horizon at least 2")
         height, width = shape[3:]
         if height % self.unit or width % self.unit:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of {self.unit}, patch × scale")
@@ -215,8 +212,7 @@ class CMSLSTM(nn.Module):
         own predictions: (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1.
 
         use_truth: scheduled sampling: bool (T-1, B); where True, step t reads the true frame t, where False the last
-        prediction. Row 0 is taken as True. None: every observed frame is read.
-        """
+        prediction. Row 0 is taken as True. None: every observed frame is read."""
         self.check(frames.shape, horizon)
         # contiguous: on the CPU pixel_unshuffle and pixel_shuffle refuse five axes in channels-last memory.
         truth = F.pixel_unshuffle(frames.contiguous(), self.patch)    # (B, T, p²C, H/p, W/p)
@@ -229,8 +225,7 @@ class CMSLSTM(nn.Module):
                     use_truth[t, :, None, None, None], truth[:, t], x)
             x, state = self.step(x, state)                        # x (B, p²C, H/p, W/p)
             predictions.append(x)
-        predictions = torch.stack(predictions, 1).contiguous()    # (B, T-1+horizon, p²C, H/p, W/p)
-        return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
+        return F.pixel_shuffle(torch.stack(predictions, 1).contiguous(), self.patch)    # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
         """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1
@@ -308,8 +303,7 @@ class PredRNNCell(nn.Module):
 class SAConvLSTMCell(CMSLSTMCell):
     """CMSLSTMCell, then the memory of SA-ConvLSTM (Lin et al. 2020), M, a third state.
 
-    Without LayerNorm a fresh layer passes on little of its input: use few layers there.
-    """
+    Without LayerNorm a fresh layer passes on little of its input: use few layers there."""
 
     states = 3                                                    # h, c and m
 

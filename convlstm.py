@@ -67,9 +67,7 @@ class ConvLSTM(nn.Module):
     """A stack of ConvLSTM layers that reads frames and predicts the next one.
 
     channels, size (int or (H, W)): of a frame, each side a multiple of the patch. setup: "patch4" or "fullres".
-    variant: a key of VARIANTS. hidden, layers, kernel (odd), patch: in place of the set-up's. ValueError for what
-    cannot be built.
-    """
+    variant: a key of VARIANTS. hidden, layers, kernel (odd), patch: override the set-up. Anything else: ValueError."""
 
     def __init__(self, channels=1, size=64, setup="patch4", variant="full",
                  hidden=None, layers=None, kernel=None, patch=None):
@@ -96,7 +94,8 @@ class ConvLSTM(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: not (B, T, {self.channels}, H, W), T + horizon > 1")
+            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: they must be (B, T, {self.channels}, H, W), "
+                             "none of these 0, and T + horizon at least 2")
         height, width = shape[3:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
@@ -116,8 +115,7 @@ class ConvLSTM(nn.Module):
         own predictions: (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1.
 
         use_truth: scheduled sampling: bool (T-1, B); where True, step t reads the true frame t, where False the last
-        prediction. Row 0 is taken as True. None: every observed frame is read.
-        """
+        prediction. Row 0 is taken as True. None: every observed frame is read."""
         self.check(frames.shape, horizon)
         # contiguous: on the CPU pixel_unshuffle and pixel_shuffle refuse five axes in channels-last memory.
         truth = F.pixel_unshuffle(frames.contiguous(), self.patch)    # (B, T, p²C, H/p, W/p)
@@ -130,8 +128,7 @@ class ConvLSTM(nn.Module):
                     use_truth[t, :, None, None, None], truth[:, t], x)
             x, state = self.step(x, state)                        # x (B, p²C, H/p, W/p)
             predictions.append(x)
-        predictions = torch.stack(predictions, 1).contiguous()    # (B, T-1+horizon, p²C, H/p, W/p)
-        return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
+        return F.pixel_shuffle(torch.stack(predictions, 1).contiguous(), self.patch)    # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
         """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1

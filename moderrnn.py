@@ -35,8 +35,7 @@ def conv(inputs, outputs, kernel, size, norm):
 class DetailContextBlock(nn.Module):
     """The DCB, §2.2: x and h (B, C, H, W) reweight each other in turn -> x̂ and ĥ.
 
-    kernels: the sizes k of its convolutions, odd. size, norm: as the cell's.
-    """
+    kernels: the sizes k of its convolutions, odd. size, norm: as the cell's."""
 
     def __init__(self, channels, kernels, size, norm):
         super().__init__()
@@ -63,8 +62,7 @@ def mean_of(convs, norm):
     """The function features -> Σ_k W^{k×k} * features / n, of n convolutions of several sizes k.
 
     Without LayerNorm it is linear in the kernels: 3×3 and 5×5, padded with zeros to 7×7, and 7×7 add up to a single
-    7×7 convolution with the same result, 49 taps instead of 83.
-    """
+    7×7 convolution with the same result, 49 taps instead of 83."""
     if norm:
         return lambda features: sum(layer(features) for layer in convs) / len(convs)
     largest = max(layer.kernel_size[0] for layer in convs)
@@ -77,8 +75,7 @@ class MoDeRNNCell(nn.Module):
     """One layer: the DCB, then a ConvLSTM step (Eq. 3).
 
     x, h and c (B, hidden, H, W) -> the new h and c. size: the (H, W) of the maps. norm: LayerNorm after every
-    convolution of DCB and gates, and on the cell state (`patch4`). dcb_kernels: the DCB's; none for no DCB.
-    """
+    convolution of DCB and gates, and on the cell state (`patch4`). dcb_kernels: the DCB's; none for no DCB."""
 
     def __init__(self, hidden, kernel, size, norm, dcb_kernels=(3, 5, 7)):
         super().__init__()
@@ -105,9 +102,7 @@ class MoDeRNN(nn.Module):
     """A stack of MoDeRNN layers that reads frames and predicts the next one.
 
     channels, size (int or (H, W)): of a frame, each side a multiple of the patch. setup: "patch4" or "fullres".
-    variant: a key of VARIANTS. hidden, layers, kernel (odd), patch: in place of the set-up's. ValueError for what
-    cannot be built.
-    """
+    variant: a key of VARIANTS. hidden, layers, kernel (odd), patch: override the set-up. Anything else: ValueError."""
 
     def __init__(self, channels=1, size=64, setup="patch4", variant="full",
                  hidden=None, layers=None, kernel=None, patch=None):
@@ -134,7 +129,8 @@ class MoDeRNN(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: not (B, T, {self.channels}, H, W), T + horizon > 1")
+            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: they must be (B, T, {self.channels}, H, W), "
+                             "none of these 0, and T + horizon at least 2")
         height, width = shape[3:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
@@ -154,8 +150,7 @@ class MoDeRNN(nn.Module):
         own predictions: (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1.
 
         use_truth: scheduled sampling: bool (T-1, B); where True, step t reads the true frame t, where False the last
-        prediction. Row 0 is taken as True. None: every observed frame is read.
-        """
+        prediction. Row 0 is taken as True. None: every observed frame is read."""
         self.check(frames.shape, horizon)
         # contiguous: on the CPU pixel_unshuffle and pixel_shuffle refuse five axes in channels-last memory.
         truth = F.pixel_unshuffle(frames.contiguous(), self.patch)    # (B, T, p²C, H/p, W/p)
@@ -168,8 +163,7 @@ class MoDeRNN(nn.Module):
                     use_truth[t, :, None, None, None], truth[:, t], x)
             x, state = self.step(x, state)                        # x (B, p²C, H/p, W/p)
             predictions.append(x)
-        predictions = torch.stack(predictions, 1).contiguous()    # (B, T-1+horizon, p²C, H/p, W/p)
-        return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
+        return F.pixel_shuffle(torch.stack(predictions, 1).contiguous(), self.patch)    # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
         """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1

@@ -37,8 +37,7 @@ class ConvLSTMCell(nn.Module):
     """One ConvLSTM layer, Eq. 2.
 
     x (B, inputs, H, W); h and c (B, hidden, H, W) -> the new h and c. size: the (H, W) of the maps. norm: LayerNorm
-    after every gate convolution and on the cell state (`patch4`).
-    """
+    after every gate convolution and on the cell state (`patch4`)."""
 
     states = 2                                                    # h and c
 
@@ -64,8 +63,7 @@ class MKLSTMCell(nn.Module):
     """One MK-LSTM layer, Eq. 3: two ConvLSTMs with kernels and cell states of their own, and one output gate.
 
     As ConvLSTMCell, with c_wide, the paper's C̃, as a third state. `_wide` marks the larger kernel, kernel + 2: the
-    paper's W' and 5×5.
-    """
+    paper's W' and 5×5."""
 
     states = 3                                                    # h, c and c_wide
 
@@ -107,8 +105,7 @@ class MSLSTM(nn.Module):
     pyramid), kernel (odd), patch: in place of the set-up's. ValueError for what cannot be built.
     cell: a class in place of the variant's cell (§4.1: "can be replaced by any existing model block"). It is built as
     cell(inputs, hidden, kernel, (H, W), norm) and called as cell(x, *state): as many tensors (B, hidden, H, W) as its
-    attribute `states` says. It returns the new ones as a tuple, first the hidden state, which the next layer reads.
-    """
+    attribute `states` says. It returns the new ones as a tuple, first the hidden state, which the next layer reads."""
 
     def __init__(self, channels=1, size=64, setup="fullres", variant="full",
                  hidden=None, layers=None, kernel=None, patch=None, cell=None):
@@ -144,7 +141,8 @@ class MSLSTM(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: not (B, T, {self.channels}, H, W), T + horizon > 1")
+            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: they must be (B, T, {self.channels}, H, W), "
+                             "none of these 0, and T + horizon at least 2")
         height, width = shape[3:]
         if height % self.unit or width % self.unit:
             raise ValueError(f"frames of {height}×{width}: sides must be multiples of {self.unit}, patch × poolings")
@@ -169,8 +167,7 @@ class MSLSTM(nn.Module):
         own predictions: (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1.
 
         use_truth: scheduled sampling: bool (T-1, B); where True, step t reads the true frame t, where False the last
-        prediction. Row 0 is taken as True. None: every observed frame is read.
-        """
+        prediction. Row 0 is taken as True. None: every observed frame is read."""
         self.check(frames.shape, horizon)
         # contiguous: on the CPU pixel_unshuffle and pixel_shuffle refuse five axes in channels-last memory.
         truth = F.pixel_unshuffle(frames.contiguous(), self.patch)    # (B, T, p²C, H/p, W/p)
@@ -185,8 +182,7 @@ class MSLSTM(nn.Module):
                     use_truth[t, :, None, None, None], truth[:, t], x)
             x, state = self.step(x, state)                        # x (B, p²C, H/p, W/p)
             predictions.append(x)
-        predictions = torch.stack(predictions, 1).contiguous()    # (B, T-1+horizon, p²C, H/p, W/p)
-        return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
+        return F.pixel_shuffle(torch.stack(predictions, 1).contiguous(), self.patch)    # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
         """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1

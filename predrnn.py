@@ -43,8 +43,7 @@ class STLSTMCell(nn.Module):
     """One ST-LSTM layer, (a)-(d), of this file's numbering; l is the layer, X_t = H^{l-1}_t above the first.
 
     x (B, inputs, H, W); h and c of one step earlier, m of the layer below, (B, hidden, H, W) -> the new h, c and m, and
-    their increments i ∘ g and i' ∘ g'. size: the (H, W) of the maps. norm: LayerNorm after each gate convolution.
-    """
+    their increments i ∘ g and i' ∘ g'. size: the (H, W) of the maps. norm: LayerNorm after each gate convolution."""
 
     def __init__(self, inputs, hidden, kernel, size, norm):
         super().__init__()
@@ -80,10 +79,7 @@ class STLSTMCell(nn.Module):
 
 
 def overlap(delta_c, delta_m):
-    """PredRNN-V2: |⟨ΔC, ΔM⟩| / (‖ΔC‖ ‖ΔM‖) over the pixels of a channel, in [0, 1]; both (B, C, H, W).
-
-    Returns the mean over batch and channels, a scalar.
-    """
+    """PredRNN-V2: |⟨ΔC, ΔM⟩| / (‖ΔC‖ ‖ΔM‖) over the pixels of a channel, in [0, 1], of two (B, C, H, W): its mean."""
     return F.cosine_similarity(delta_c.flatten(2), delta_m.flatten(2), dim=2).abs().mean()
 
 
@@ -94,8 +90,7 @@ class PredRNN(nn.Module):
     variant: a key of VARIANTS. hidden, layers, kernel (odd), patch: in place of the set-up's. decouple_weight: β, the
     weight of the decoupling loss beside a loss that sums over the pixels of a frame; None: released code's.
     reverse_sampling: k₁, k₂ and α of reverse scheduled sampling as parts of the iterations; None: the set-up's.
-    ValueError for what cannot be built.
-    """
+    ValueError for what cannot be built."""
 
     def __init__(self, channels=1, size=64, setup="patch4", variant="full",
                  hidden=None, layers=None, kernel=None, patch=None, decouple_weight=None, reverse_sampling=None):
@@ -127,7 +122,8 @@ class PredRNN(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: not (B, T, {self.channels}, H, W), T + horizon > 1")
+            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: they must be (B, T, {self.channels}, H, W), "
+                             "none of these 0, and T + horizon at least 2")
         height, width = shape[3:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
@@ -137,8 +133,7 @@ class PredRNN(nn.Module):
     def step(self, x, state):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, ([(h, c) per layer], m, overlaps) -> those of the next.
 
-        overlaps: their sum over all layers and steps so far, for the decoupling loss; None where it is not wanted.
-        """
+        overlaps: their sum over all layers and steps so far, for the decoupling loss; None where it is not wanted."""
         (layers, m, overlaps), h, new_layers = state, self.embed(x), []
         for cell, (h_before, c) in zip(self.cells, layers):
             h, c, m, delta_c, delta_m = cell(h, h_before, c, m)   # M^{l-1}_t -> M^l_t
@@ -155,8 +150,7 @@ class PredRNN(nn.Module):
         use_truth: scheduled sampling: bool (T-1, B); where True, step t reads the true frame t, where False the last
         prediction. Row 0 is taken as True. None: every observed frame is read.
         with_loss: return (predictions, loss), where loss, a scalar, is β times the mean overlap of ΔC and ΔM over all
-        layers and steps; 0 for a variant without that loss.
-        """
+        layers and steps; 0 for a variant without that loss."""
         self.check(frames.shape, horizon)
         # The p²C channels are in the order (C, y, x); in the authors' checkpoints it is (y, x, C).
         # contiguous: on the CPU pixel_unshuffle and pixel_shuffle refuse five axes in channels-last memory.
@@ -171,19 +165,16 @@ class PredRNN(nn.Module):
                     use_truth[t, :, None, None, None], truth[:, t], x)
             x, state = self.step(x, state)                        # x (B, p²C, H/p, W/p)
             predictions.append(x)
-        predictions = torch.stack(predictions, 1).contiguous()    # (B, T-1+horizon, p²C, H/p, W/p)
-        predictions = F.pixel_shuffle(predictions, self.patch)    # (B, T-1+horizon, C, H, W)
+        predictions = F.pixel_shuffle(torch.stack(predictions, 1).contiguous(), self.patch)   # (B, T-1+horizon, C, H, W)
         if not with_loss:
             return predictions
         _, _, overlaps = state
         return predictions, self.decouple_weight * overlaps / (len(self.cells) * (T - 1 + horizon))
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
-        """Scheduled sampling (Bengio et al. 2015): the probability that each of `steps` steps reads the true frame.
-
-        1 inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0. "v2" and
-        "reverse_sampling": 1 for the first frame, from 0.5 to 1 inside the others, from 0.5 to 0 beyond them.
-        """
+        """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1
+        inside the `frames_in` observed frames; beyond them ε, which falls linearly from 1 to 0. "v2" and
+        "reverse_sampling": 1 for the first frame, from 0.5 to 1 inside the others, from 0.5 to 0 beyond them."""
         if self.variant in ("full", "decouple"):
             epsilon = max(0.0, 1 - iteration / (TRAINING[self.setup]["sampling"] * iterations))
             return [1.0] * frames_in + [epsilon] * (steps - frames_in)

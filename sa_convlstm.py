@@ -55,8 +55,7 @@ def attend(q, k, v):
 
     Eq. 2   e = Qᵀ K      Eq. 3   α_ij = exp e_ij / Σ_k exp e_ik      Eq. 4   Z_i = Σ_j α_ij V_j
     The text normalises Eq. 3 "along columns", Eq. 6 "along each row, same as the Eq. 3": both formulas sum over the
-    keys k of one query i. The paper has no 1/√d.
-    """
+    keys k of one query i. The paper has no 1/√d."""
     tokens = (u.flatten(2).mT.unsqueeze(1).contiguous() for u in (q, k, v))             # each (B, 1, N, C)
     z = F.scaled_dot_product_attention(*tokens, scale=1.0)        # (B, 1, N, C); α (N, N) is never stored
     return z[:, 0].mT.unflatten(2, q.shape[2:])                   # (B, C, H, W)
@@ -65,8 +64,7 @@ def attend(q, k, v):
 class SelfAttentionMemory(nn.Module):
     """The SAM, §3.2, Eq. 2-9. h and m (B, C, H, W) -> ĥ and the new m.
 
-    attention: False for "w/o SA, w Mem". z_m: False for "w/o Z_m".
-    """
+    attention: False for "w/o SA, w Mem". z_m: False for "w/o Z_m"."""
 
     def __init__(self, channels, attention=True, z_m=True):
         super().__init__()
@@ -100,8 +98,7 @@ class SAConvLSTMCell(nn.Module):
     """One layer: a ConvLSTM step (Eq. 1), and what the variant puts before or after it.
 
     x (B, inputs, H, W); h, c and m (B, hidden, H, W) -> the new h, c and m. size: the (H, W) of the maps. norm:
-    LayerNorm after every gate convolution and on the cell state (`patch4`).
-    """
+    LayerNorm after every gate convolution and on the cell state (`patch4`)."""
 
     def __init__(self, inputs, hidden, kernel, size, norm, variant="full"):
         super().__init__()
@@ -135,9 +132,7 @@ class SAConvLSTM(nn.Module):
     """A stack of SA-ConvLSTM layers that reads frames and predicts the next one.
 
     channels, size (int or (H, W)): of a frame, each side a multiple of the patch. setup: "patch4" or "fullres".
-    variant: a key of VARIANTS. hidden, layers, kernel (odd), patch: in place of the set-up's. ValueError for what
-    cannot be built.
-    """
+    variant: a key of VARIANTS. hidden, layers, kernel (odd), patch: override the set-up. Anything else: ValueError."""
 
     def __init__(self, channels=1, size=64, setup="patch4", variant="full",
                  hidden=None, layers=None, kernel=None, patch=None):
@@ -164,7 +159,8 @@ class SAConvLSTM(nn.Module):
     def check(self, shape, horizon=1):
         """Raise ValueError for frames of a shape (B, T, C, H, W) that this model cannot read."""
         if len(shape) != 5 or shape[2] != self.channels or min(shape) < 1 or shape[1] + horizon < 2:
-            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: not (B, T, {self.channels}, H, W), T + horizon > 1")
+            raise ValueError(f"frames {tuple(shape)}, horizon {horizon}: they must be (B, T, {self.channels}, H, W), "
+                             "none of these 0, and T + horizon at least 2")
         height, width = shape[3:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"frames of {height}×{width}: each side must be a multiple of the patch, {self.patch}")
@@ -184,8 +180,7 @@ class SAConvLSTM(nn.Module):
         own predictions: (B, T-1+horizon, C, H, W), not clamped; entry k predicts frame k + 1.
 
         use_truth: scheduled sampling: bool (T-1, B); where True, step t reads the true frame t, where False the last
-        prediction. Row 0 is taken as True. None: every observed frame is read.
-        """
+        prediction. Row 0 is taken as True. None: every observed frame is read."""
         self.check(frames.shape, horizon)
         # contiguous: on the CPU pixel_unshuffle and pixel_shuffle refuse five axes in channels-last memory.
         truth = F.pixel_unshuffle(frames.contiguous(), self.patch)    # (B, T, p²C, H/p, W/p)
@@ -198,8 +193,7 @@ class SAConvLSTM(nn.Module):
                     use_truth[t, :, None, None, None], truth[:, t], x)
             x, state = self.step(x, state)                        # x (B, p²C, H/p, W/p)
             predictions.append(x)
-        predictions = torch.stack(predictions, 1).contiguous()    # (B, T-1+horizon, p²C, H/p, W/p)
-        return F.pixel_shuffle(predictions, self.patch)           # (B, T-1+horizon, C, H, W)
+        return F.pixel_shuffle(torch.stack(predictions, 1).contiguous(), self.patch)    # (B, T-1+horizon, C, H, W)
 
     def truth_probability(self, iteration, iterations, frames_in, steps):
         """Scheduled sampling (Bengio et al. 2015), the probability that each of `steps` steps reads the true frame: 1
@@ -209,10 +203,8 @@ class SAConvLSTM(nn.Module):
 
 
 def attention(block, inputs, output, y, x):
-    """For pictures, by a forward hook: how much position (y, x) attends to each position, (B, H, W), of sum 1.
-
-    Of a SelfAttentionMemory α of Eq. 3 and, if it attends to the memory, of Eq. 6; of a SelfAttention α of Eq. 3.
-    """
+    """For pictures, by a forward hook: how much position (y, x) attends to each position, (B, H, W), of sum 1: α of Eq. 3
+    and, in a SelfAttentionMemory that attends to the memory, of Eq. 6."""
     qkv, weights = block.qkv if isinstance(block, SelfAttention) else block.qkv_h, []
     if qkv is None:                                               # "w/o SA, w Mem"
         return weights
