@@ -80,8 +80,7 @@ class ConvLSTM(nn.Module):
         if min(network.values()) < 1 or kernel % 2 == 0:
             raise ValueError(f"{network}: all of them must be positive, and the kernel odd")
         height, width = (size, size) if isinstance(size, int) else size
-        self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
-        self.hidden, self.patch = hidden, patch
+        self.channels, self.size, self.setup, self.hidden, self.patch = channels, (height, width), setup, hidden, patch
         self.one_size = setup == "patch4" or variant == "peephole"    # weights of the shape of the maps
         self.check((1, 1, channels, height, width))
 

@@ -115,8 +115,7 @@ class MoDeRNN(nn.Module):
         if min(network.values()) < 1 or kernel % 2 == 0:
             raise ValueError(f"{network}: all of them must be positive, and the kernel odd")
         height, width = (size, size) if isinstance(size, int) else size
-        self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
-        self.hidden, self.patch = hidden, patch
+        self.channels, self.size, self.setup, self.hidden, self.patch = channels, (height, width), setup, hidden, patch
         self.one_size = setup == "patch4"                         # LayerNorm: a checkpoint fits one frame size only
         self.check((1, 1, channels, height, width))
 

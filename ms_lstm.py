@@ -121,8 +121,7 @@ class MSLSTM(nn.Module):
         if pyramid and layers % 2:
             raise ValueError(f"layers={layers}: a pyramid needs an even number; 'convlstm' and 'tms' take any")
         height, width = (size, size) if isinstance(size, int) else size
-        self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
-        self.hidden, self.patch = hidden, patch
+        self.channels, self.size, self.setup, self.hidden, self.patch = channels, (height, width), setup, hidden, patch
         # The maps of a layer are 2^depth times smaller than the tokens: 0, 1, 2, 2, 1, 0 for six layers.
         self.depths = [min(layer, layers - 1 - layer) if pyramid else 0 for layer in range(layers)]
         self.unit = patch * 2 ** max(self.depths)

@@ -165,7 +165,7 @@ class PredRNN(nn.Module):
                     use_truth[t, :, None, None, None], truth[:, t], x)
             x, state = self.step(x, state)                        # x (B, p²C, H/p, W/p)
             predictions.append(x)
-        predictions = F.pixel_shuffle(torch.stack(predictions, 1).contiguous(), self.patch)   # (B, T-1+horizon, C, H, W)
+        predictions = F.pixel_shuffle(torch.stack(predictions, 1).contiguous(), self.patch)  # (B, T-1+horizon, C, H, W)
         if not with_loss:
             return predictions
         _, _, overlaps = state

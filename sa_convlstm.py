@@ -145,8 +145,7 @@ class SAConvLSTM(nn.Module):
         if min(network.values()) < 1 or kernel % 2 == 0:
             raise ValueError(f"{network}: all of them must be positive, and the kernel odd")
         height, width = (size, size) if isinstance(size, int) else size
-        self.channels, self.size, self.setup, self.variant = channels, (height, width), setup, variant
-        self.hidden, self.patch = hidden, patch
+        self.channels, self.size, self.setup, self.hidden, self.patch = channels, (height, width), setup, hidden, patch
         self.one_size = setup == "patch4"                         # LayerNorm: a checkpoint fits one frame size only
         self.check((1, 1, channels, height, width))
 
@@ -203,8 +202,8 @@ class SAConvLSTM(nn.Module):
 
 
 def attention(block, inputs, output, y, x):
-    """For pictures, by a forward hook: how much position (y, x) attends to each position, (B, H, W), of sum 1: α of Eq. 3
-    and, in a SelfAttentionMemory that attends to the memory, of Eq. 6."""
+    """For pictures, by a forward hook: how much position (y, x) attends to each position, (B, H, W), of sum 1: α of
+    Eq. 3 and, in a SelfAttentionMemory that attends to the memory, of Eq. 6."""
     qkv, weights = block.qkv if isinstance(block, SelfAttention) else block.qkv_h, []
     if qkv is None:                                               # "w/o SA, w Mem"
         return weights
