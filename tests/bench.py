@@ -201,15 +201,15 @@ def step_of(form, name, device, batch):
 
 
 def measure(step, warm_up, clock=timer):
-    """Seconds of up to 20 calls, but of three where they take over 0.1 s."""
-    seconds = []
+    """Milliseconds of each of 20 calls, but of three where one takes over 100."""
+    found = []
     for _ in range(warm_up):
         step()
-    while len(seconds) < 3 or len(seconds) < 20 and max(seconds) < 0.1:
+    while len(found) < 3 or len(found) < 20 and max(found) < 100:
         begun = clock()
         step()
-        seconds.append(clock() - begun)
-    return seconds
+        found.append(1e3 * (clock() - begun))
+    return found
 
 
 def compile_all(names):
@@ -235,6 +235,22 @@ def profile(step, device):
     return [(each, calls[name], name) for name, each in milliseconds.most_common()]
 
 
+def report(form, name, device, batch, profiled):
+    """Measure a form and print its line."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step = step_of(form, name, device, batch)
+    times = measure(step, warm_up=4 if "graph" in form else 1)    # the third call is recorded
+    middle = statistics.median(times)
+    memory = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if device.type == "cuda" else ""
+    print(f"{name}, batch {batch}, {form}: {middle:.2f} ms ({min(times):.2f} – {max(times):.2f}), "
+          f"{1e3 * batch / middle:.1f} sequences/s{memory}", flush=True)
+    for milliseconds, calls, kernel in profile(step, device)[:30] if profiled else ():
+        print(f"    {milliseconds:8.3f} ms {calls:6}  {kernel[:90]}")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
     p.add_argument("models", metavar="MODEL", nargs="*", help=", ".join(train.MODELS))
@@ -247,29 +263,16 @@ def main(argv=None):
         modules = {name: train.model_file(name) for name in args.models or train.MODELS}
     except train.UserError as error:
         p.exit(2, f"bench.py: {error}\n")
-    on_cuda = device.type == "cuda"
+    batch = {name: module.TRAINING[module.DEFAULT_SETUP]["batch"] if device.type == "cuda" else 2
+             for name, module in modules.items()}
+    if args.compile:
+        return [step_of("compiled graph", name, device, batch[name])() for name in modules]
     print(f"{train.versions(device)['device']}, torch {torch.__version__}", flush=True)
-    if on_cuda and not args.compile:
+    if device.type == "cuda":
         compile_all(modules)
-    for name, module in modules.items():
-        batch = module.TRAINING[module.DEFAULT_SETUP]["batch"] if on_cuda else 2
+    for name in modules:
         for form in FORMS[device.type]:
-            gc.collect()
-            if on_cuda:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            step = step_of(form, name, device, batch)
-            if args.compile:
-                step()
-                break
-            seconds = measure(step, warm_up=4 if on_cuda else 1)  # the third call is recorded
-            middle, least, most = (1e3 * each for each in (statistics.median(seconds), min(seconds), max(seconds)))
-            memory = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if on_cuda else ""
-            print(f"{name}, batch {batch}, {form}: {middle:.2f} ms ({least:.2f} – {most:.2f}), "
-                  f"{1e3 * batch / middle:.1f} sequences/s{memory}", flush=True)
-            if args.profile and form == FORMS[device.type][0]:
-                for milliseconds, calls, kernel in profile(step, device)[:30]:
-                    print(f"    {milliseconds:8.3f} ms {calls:6}  {kernel[:90]}")
+            report(form, name, device, batch[name], args.profile and form == FORMS[device.type][0])
 
 
 if __name__ == "__main__":

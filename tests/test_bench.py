@@ -37,7 +37,7 @@ def test_slow_steps_are_repeated_three_times(seconds, calls):
         now[0] += seconds if len(called) else 10                      # the first call compiles
         called.append(1)
 
-    assert bench.measure(step, 1, clock=lambda: now[0]) == pytest.approx([seconds] * calls)
+    assert bench.measure(step, 1, clock=lambda: now[0]) == pytest.approx([1e3 * seconds] * calls)
     assert len(called) == 1 + calls
 
 
@@ -56,7 +56,7 @@ def test_lines(capsys, monkeypatch):
     def measured(step, warm_up):
         said.append(capsys.readouterr().out)
         made.append(step())
-        return [0.25, 0.5, 2.0]
+        return [250.0, 500.0, 2000.0]
 
     monkeypatch.setattr(bench, "measure", measured)
     bench.main(["ms_lstm", "--device", "cpu", "--profile"])
