@@ -125,7 +125,7 @@ def test_eval_on_other_files_keeps_them_apart(film, capsys):
         Path(folder).mkdir()
         np.save(f"{folder}/storm.npy", film[:9] if folder == "a" else film[9:16])
         assert run("--eval", "runs/a", "--data", f"{folder}/storm.npy", "--horizon", 4) == 0
-    found = [json.loads(path.read_text()) for path in Path("runs/a").glob("results-storm-??????.json")]
+    found = [json.loads(path.read_text()) for path in Path("runs/a").glob("results-storm*-??????.json")]
     assert [len(other["forecast"]["mse"]["frames"]) for other in found] == [4, 4] and found[0] != found[1]
     assert Path("runs/a/results.json").read_bytes() == whole
     assert run("--eval", "runs/a/best.pt") == 0 and results(name="results-best")["weights"] == "best"
@@ -143,7 +143,7 @@ def test_scores_in_the_files_own_unit():
     assert black["mae_units"]["mean"] == pytest.approx(35.7 * 128 / 255)
     np.save("other.npy", storm[10:40])
     assert run(*"--eval runs/a --data other.npy --horizon 4 --thresholds 20".split()) == 0
-    other, = (json.loads(path.read_text()) for path in Path("runs/a").glob("results-other-*.json"))
+    other, = (json.loads(path.read_text()) for path in Path("runs/a").glob("results-other*.json"))
     assert other["repeat_last"]["csi_20"]["frames"] == [1] * 4 and other["unit"] == "dBZ"
 
 
@@ -155,7 +155,7 @@ def test_predict(layout, shape, film):
     frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     np.save("mine.npy", frames)
     assert run("--predict", "storms", "--data", "mine.npy", "--layout", layout, "--horizon", 4) == 0    # of runs/
-    path, = Path("runs/storms").glob("predict-mine-??????.npy")
+    path, = Path("runs/storms").glob("predict-mine*.npy")
     forecast, last = np.load(path), frames.reshape(-1, 9, 1, 16, 16)[:, -3:] / np.float32(255)
     assert forecast.dtype == np.uint8 and forecast.shape == tuple(4 if side == 9 else side for side in shape)
     expected = forecast_of("runs/storms", last, 4).numpy()
