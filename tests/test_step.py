@@ -34,11 +34,11 @@ def small(name="convlstm", **options):
         **dict(size=16, hidden=4, layers=2, kernel=3, patch=2, setup=SETUPS[name]) | options)
 
 
-def new_step(model, device=CPU, iteration=0, checkpoint=None, **config):
+def new_step(model, device=CPU, iteration=0, **config):
     """A Step of a run that stands at this iteration."""
     config = dict(batch=2, precision="fp32", loss="l2", optimizer="adam", lr=1e-3, weight_decay=0.0, reverse=True,
                   frames_in=3, horizon=1, seed=0, schedule=10, iterations=10, recompute=False, eager=False) | config
-    return train.Step(train.Run(None, config, model, None, device, iteration, checkpoint=checkpoint), config)
+    return train.Step(train.Run(None, config, model, None, device, iteration), config)
 
 
 def batches(size=2, device=CPU, missing=False):
@@ -226,9 +226,9 @@ def as_on_cuda(monkeypatch):
     assert gc.isenabled() and not recording()
 
 
-def trained(step, calls, start=0, **options):
+def trained(step, calls, **options):
     """Its losses over some calls, and the weights and moments that it ends with."""
-    losses = [step(*batch) for batch in itertools.islice(batches(**options), start, start + calls)]
+    losses = [step(*batch) for batch in itertools.islice(batches(**options), calls)]
     moments = [v for of_one in step.optimizer.state_dict()["state"].values() for v in of_one.values()]
     return [loss.item() for loss in losses], [p.detach() for p in step.parameters], moments
 
@@ -360,6 +360,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 def on_cuda(form, model, **config):
     """What a Step does in one of three forms: eager, graph or compiled."""
+    torch._dynamo.reset()                                             # else it compiles no ninth version of a function
     iterations = train.COMPILE_FROM if form == "compiled" else 10
     step = new_step(model, CUDA, iterations=iterations, eager=form == "eager", **config)
     result = trained(step, 6, device=CUDA)
