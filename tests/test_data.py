@@ -1,20 +1,13 @@
 """data.py: draws, Moving MNIST and moving digits against slow, literal versions, and MNIST's files."""
 
-import contextlib
 import gzip
 import hashlib
 import http.server
-import lzma
 import math
 import os
 import shutil
-import socket
-import socketserver
 import threading
 import time
-import tracemalloc
-import warnings
-import zipfile
 
 import numpy as np
 import pytest
@@ -150,8 +143,12 @@ def test_the_batch_is_what_a_literal_generator_makes(setup):
     assert (expected == 255).any() and (expected == 0).any()
 
 
+def pad(digits):
+    return torch.from_numpy(np.pad(digits, ((0, 0), (1, 1), (1, 1))))
+
+
 def test_overlap_is_the_maximum_or_a_sum_that_clips():
-    padded = data._pad(np.stack([np.full((28, 28), 200, np.uint8), np.full((28, 28), 100, np.uint8)]))
+    padded = pad(np.stack([np.full((28, 28), 200, np.uint8), np.full((28, 28), 100, np.uint8)]))
     which = torch.tensor([[0, 1], [1, 1]])
     corners = torch.tensor([[3, 5], [3, 5]]).expand(2, 1, 2, 2)
     for overlap, levels in (("max", [200, 100]), ("add", [255, 200])):
@@ -161,7 +158,7 @@ def test_overlap_is_the_maximum_or_a_sum_that_clips():
 
 
 def test_what_leaves_the_canvas_is_cut_off():
-    padded = data._pad(np.full((1, 28, 28), 255, np.uint8))
+    padded = pad(np.full((1, 28, 28), 255, np.uint8))
     corners = torch.tensor([[[-2, 38], [-2, 38]]])[None]
     frame = data.draw_digits(padded, torch.zeros(1, 2, dtype=torch.long), corners, "max")[0, 0, 0]
     expected = torch.zeros(64, 64, dtype=torch.uint8)
@@ -211,7 +208,7 @@ def test_fixed_sets_do_not_depend_on_how_they_are_cut(clips):
 
 
 def test_parts_share_no_digit(clips):
-    digits = {part: {digit.tobytes() for digit in images.numpy()} for part, images in clips._digits.items()}
+    digits = {part: {digit.tobytes() for digit in images} for part, images in clips._digits.items()}
     assert [len(digits[part]) for part in ("train", "valid", "test")] == [2000, 200, 500]
     assert not (digits["train"] & digits["valid"] | digits["train"] & digits["test"] | digits["valid"] & digits["test"])
 
@@ -220,8 +217,6 @@ def test_other_lengths():
     clips = data.open_data("moving_digits", frames_in=3, horizon=7)
     assert clips.train(0, 0, 2).shape == clips.test(0, 2).shape == (2, 10, 1, 64, 64)
     assert clips.train(0, 0, 2).equal(data.open_data("moving_digits").train(0, 0, 2)[:, :10])
-    with pytest.raises(data.DataError, match="--horizon 0"):
-        data.open_data("moving_digits", horizon=0)
 
 
 def test_drawn_digits_look_like_ten_classes_and_take_no_time():
@@ -288,42 +283,6 @@ def test_moving_mnist_from_the_real_files(real_mnist):
         assert 0.02 < frames.mean() < 0.09                       # a digit covers about 100 of 784 pixels
 
 
-def test_plain_and_packed_files_hold_the_same(real_mnist, tmp_path):
-    (tmp_path / T10K).write_bytes(gzip.decompress((real_mnist / f"{T10K}.gz").read_bytes()))
-    assert (data.mnist_digits(tmp_path, T10K) == data.mnist_digits(real_mnist, T10K)).all()
-
-
-@pytest.mark.parametrize("fault", ["cut off", "bit", "not gzip", "another file", "folder", "FIFO", "endless", "bomb"])
-def test_a_damaged_file_is_refused_by_name(real_mnist, tmp_path, fault):
-    path = tmp_path / f"{T10K}.gz"
-    whole = (real_mnist / path.name).read_bytes()
-    if fault == "cut off":
-        path.write_bytes(whole[:len(whole) // 2])
-    elif fault == "bit":
-        path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 16]) + whole[5001:])
-    elif fault == "not gzip":
-        path.write_bytes(b"<html>not found</html>")
-    elif fault == "another file":
-        path.write_bytes(gzip.compress(b"something else"))
-    elif fault == "folder":
-        path.mkdir()
-    elif fault == "FIFO":
-        os.mkfifo(path)
-    elif fault == "endless":
-        path.symlink_to("/dev/zero")
-    else:
-        with gzip.open(path, "wb", 1) as file:
-            for _ in range(300):
-                file.write(bytes(1 << 20))
-    tracemalloc.start()
-    with pytest.raises(data.DataError) as error:
-        data.mnist_digits(tmp_path, T10K)
-    assert tracemalloc.get_traced_memory()[1] < 30e6        # the file has 8 MB
-    tracemalloc.stop()
-    assert str(path) in str(error.value) and "delete it" in str(error.value) and "\n" not in str(error.value)
-    assert os.listdir(tmp_path) == [path.name]
-
-
 @pytest.fixture
 def mirror(tmp_path_factory, monkeypatch):
     """A local server that stands for both mirrors; `mirror.answers` lists what it sends."""
@@ -361,52 +320,6 @@ def test_missing_files_are_downloaded_from_the_first_mirror_that_has_them(real_m
     assert len(mirror.asked) == 2
 
 
-@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n500\r\ncut off",
-                                    b"no HTTP at all\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
-                                    b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\ncut off", b"",
-                                    b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", b"HTTP/1.1 404 None\r\n\r\n",
-                                    b"HTTP/1.1 200 OK\r\n\r\n" + b"endless" * 2_000_000, "drips", "drips headers"])
-def test_after_a_broken_answer_the_second_mirror_is_asked(real_mnist, tmp_path, monkeypatch, answer):
-    whole = (real_mnist / f"{T10K}.gz").read_bytes()
-    answers = [answer, b"HTTP/1.1 200 OK\r\n\r\n" + whole]
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self):
-            self.rfile.readline()
-            answer = answers.pop(0)
-            with contextlib.suppress(OSError):
-                if isinstance(answer, bytes):
-                    self.wfile.write(answer)
-                    return
-                self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"" if answer == "drips headers" else b"\r\n"))
-                while not done.wait(0.1):
-                    self.wfile.write(b"a")
-
-    done = threading.Event()
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        url = "http://127.0.0.1:%d/" % server.server_address[1]
-        monkeypatch.setattr(data, "MNIST_MIRRORS", (url, url))
-        monkeypatch.setattr(data, "DOWNLOAD", 2 if isinstance(answer, str) else 30)
-        assert (data.mnist_digits(tmp_path, T10K) == data.mnist_digits(real_mnist, T10K)).all()
-        done.set()
-        server.shutdown()
-    assert os.listdir(tmp_path) == [f"{T10K}.gz"]
-
-
-def test_a_full_disk_is_not_the_mirror_s_fault(real_mnist, tmp_path, mirror, monkeypatch):
-    whole = (real_mnist / f"{T10K}.gz").read_bytes()
-    mirror.answers += [(len(whole), whole)] * 2
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=f"No space left on device: .*{T10K}.gz"):
-        data.mnist_digits(tmp_path, T10K)
-    assert os.listdir(tmp_path) == [] and len(mirror.asked) == 1
-
-
 def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(tmp_path, mirror):
     mirror.answers += [(10**6, b"cut off"), (5, b"<htm>")]
     with pytest.raises(data.DataError) as error:
@@ -420,10 +333,7 @@ def test_without_a_network_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MNIST_MIRRORS", ("http://127.0.0.1:9/", "http://127.0.0.1:9/"))
     with pytest.raises(data.DataError, match="--data moving_digits"):
         data.open_data("moving_mnist", tmp_path)
-    assert os.listdir(tmp_path / "mnist") == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(data.DataError, match="cannot make the folder .* --data moving_digits"):
-        data.open_data("moving_mnist", tmp_path / "file")
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_standard_test_file_is_used_where_it_lies(real_mnist, tmp_path):
@@ -451,68 +361,3 @@ def test_the_standard_test_file_is_used_where_it_lies(real_mnist, tmp_path):
     np.save(path, np.zeros((10, 20, 64, 64), np.uint8))
     with pytest.raises(data.DataError, match="mnist_test_seq.npy cannot be read: it has uint8"):
         data.open_data("moving_mnist", tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = data.write_whole(tmp_path / "a", b"old")
-    assert path.read_bytes() == b"old"
-
-    def broken(file):
-        file.write(b"new")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        data.write_whole(path, broken)
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
-    data.write_whole(path, lambda file: file.write(b"new"))
-    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["a"]
-
-
-@pytest.mark.parametrize("error", [ValueError("bad\n  value"), KeyError("key"), MemoryError(), RecursionError("deep"),
-                                   zipfile.BadZipFile("no zip"), lzma.LZMAError("bad"), OSError(5, "Input/output"),
-                                   AttributeError("x"), IndexError(), RuntimeError("a" * 5000)])
-def test_whatever_a_reader_raises_is_one_line_with_the_way_out(tmp_path, error):
-    path = tmp_path / "a\x1b[2J\udce9\n"
-    path.write_bytes(b"content")
-    with pytest.raises(data.DataError) as refusal, warnings.catch_warnings(record=True) as said:
-        with data.reading(path, "delete it") as file:
-            assert file.read() == b"content"
-            warnings.warn("of a library")
-            raise error
-    text = str(refusal.value)
-    assert text.startswith(f"{tmp_path}/a\\x1b[2J\\udce9\\n cannot be read: ") and text.endswith("; delete it")
-    assert text.isprintable() and len(text) < 400 and not said
-    reason = text.split("cannot be read: ")[1].removesuffix("; delete it")
-    assert reason and str(error.args[-1] if error.args else type(error).__name__).split()[0][:150] in reason
-
-
-def test_faults_of_writing_are_not_the_files(tmp_path):
-    (tmp_path / "a").write_bytes(b"")
-    for error in (OSError(28, "No space left on device"), OSError(122, "Disk quota exceeded"),
-                  PermissionError(13, "Permission denied", str(tmp_path / "copy")), data.DataError("as it is")):
-        with pytest.raises(type(error)) as passed:
-            with data.reading(tmp_path / "a"):
-                raise error
-        assert passed.value is error
-    with pytest.raises(data.DataError, match="b cannot be read: No such file or directory$"):
-        with data.reading(tmp_path / "b"):
-            pass
-
-
-@pytest.mark.parametrize("kind", ["folder", "FIFO", "/dev/zero", "/dev/null", "socket"])
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind):
-    path = tmp_path / "a"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "FIFO":
-        os.mkfifo(path)
-    elif kind == "socket":
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
-    else:
-        path.symlink_to(kind)
-    with pytest.raises(data.DataError, match="a cannot be read: "):
-        with data.reading(path):
-            raise AssertionError("opened")
