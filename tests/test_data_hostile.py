@@ -1,6 +1,7 @@
 """Damaged and hostile files, full disks, kills, file systems without locks: one line each, and nothing half-written."""
 
 import errno
+import fcntl
 import gzip
 import io
 import os
@@ -79,7 +80,7 @@ def test_writing_needs_neither_chmod_nor_links_nor_locks(tmp_path, monkeypatch):
 
     for name in ("chmod", "fchmod", "link", "symlink"):
         monkeypatch.setattr(os, name, unsupported)
-    monkeypatch.setattr(data.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with data.alone_in(tmp_path):
         data.write_whole(tmp_path / "a", b"x")
     assert (tmp_path / "a").read_bytes() == b"x"

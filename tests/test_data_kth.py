@@ -125,7 +125,7 @@ def test_a_film_without_frames(folder):
     subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "color=s=160x120:d=1", "-frames:v", "0", "-c:v",
                     "mpeg4", str(path)], check=False)
     assert path.read_bytes()[:4] == b"RIFF"
-    refused(folder, "nothing of kth can be read in 1 files, such as person01_boxing_d1_uncomp.avi")
+    refused(folder, "nothing can be read in 1 files, such as person01_boxing_d1_uncomp.avi")
 
 
 def test_what_is_missing_is_named(folder, monkeypatch):

@@ -74,7 +74,7 @@ def test_windows_days_and_scale(folder):
         assert not any(row[0] < first <= row[-1] for row in windows)
     assert clips.scale.low == 0 and clips.scale.high == numbers.max()
     note = " ".join(clips.info()["notes"])
-    assert "1 days without all 48 slots" in note and "14 left out" in note and "19,560" in note
+    assert "1 days without all 48 slots" in note and "would share frames with others: 14" in note and "19,560" in note
 
 
 def test_the_scale_is_that_of_the_training_side(folder):
