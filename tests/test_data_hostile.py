@@ -32,8 +32,6 @@ def refused(call, *texts):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = data.write_whole(tmp_path / "a", b"old")
     assert path.read_bytes() == b"old"
@@ -121,8 +119,6 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind):
     refused(lambda: data.reading(path).__enter__(), "a cannot be read: it ")
 
 
-# -------------------------------------------------------------------------------------------------------- MNIST's files
-
 @pytest.mark.parametrize("fault", ["cut off", "bit", "not gzip", "another file", "bomb"])
 def test_a_damaged_mnist_file_is_refused_by_name(real_mnist, tmp_path, fault):
     path = tmp_path / f"{T10K}.gz"
@@ -157,8 +153,6 @@ def test_after_a_broken_answer_the_second_mirror_is_asked(real_mnist, tmp_path, 
         server.shutdown()
     assert os.listdir(tmp_path) == [f"{T10K}.gz"]
 
-
-# ------------------------------------------------------------------------------------------------------------ unpacking
 
 KILLED = """
 import os, signal, sys
@@ -227,14 +221,6 @@ def test_it_is_done_once_until_the_source_changes(source):
     assert (unpack(source, fail)[0] == NUMBERS[2:]).all()                               # the last
 
 
-def test_another_about_is_another_array(source):
-    unpack(source, about="one")
-    unpack(source, lambda: iter((NUMBERS[1:], {})), "two")
-    source.unlink()
-    assert len(unpack(source, fail, "one")[0]) == 4 and len(unpack(source, fail, "two")[0]) == 3
-    refused(lambda: unpack(source, fail, "three"), f"{source.parent} has no files of taxibj; put there: BJ13")
-
-
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"[" * 100_000, b"\xff\xfe", None])
 def test_what_was_unpacked_and_is_damaged_is_blamed_itself(source, suffix, content):
@@ -258,8 +244,6 @@ def test_without_its_data_a_dataset_says_where_to_get_them(tmp_path, name, folde
     assert os.listdir(tmp_path) == [name] * (folder == "empty")
 
 
-# --------------------------------------------------------------------------------------------------- arrays of your own
-
 def own(path, **options):
     return data.open_data(str(path), frames_in=3, horizon=2, **options)
 
@@ -269,12 +253,6 @@ def save(path, array):
     return path
 
 
-def pickled():
-    array = np.empty((30, 4, 4), object)
-    array[:] = {"a": 1}
-    return array
-
-
 def ramp(low, high):
     return np.linspace(low, high, 30)[:, None, None] * np.ones((4, 4))
 
@@ -282,24 +260,19 @@ def ramp(low, high):
 REFUSED = {
     "no axis": (lambda: np.array(7), "has shape ()"),
     "one axis": (lambda: np.zeros(30, np.uint8), "has shape (30,)"),
-    "six axes": (lambda: np.zeros((1,) * 6, np.uint8), "has shape"),
     "no frames": (lambda: np.zeros((0, 4, 4), np.uint8), "has shape (0, 4, 4)"),
-    "no pixels": (lambda: np.zeros((30, 0, 4), np.uint8), "has shape (30, 0, 4)"),
     "int32": (lambda: np.full((30, 4, 4), 7, np.int32), "from 7 to 7; what is not uint8 must lie in [0, 1]"),
     "complex": (lambda: np.zeros((30, 4, 4), complex), "holds complex128, not real numbers"),
     "text": (lambda: np.full((30, 4, 4), "a"), "holds <U1"),
     "record": (lambda: np.zeros((30, 4, 4), [("a", "u1")]), "holds"),
-    "times": (lambda: np.zeros((30, 4, 4), "M8[s]"), "holds datetime64[s]"),
-    "objects": (pickled, "save it again, as an array of numbers"),
+    "objects": (lambda: np.full((30, 4, 4), {"a": 1}, object), "save it again, as an array of numbers"),
     "channels": (lambda: np.zeros((3, 30, 17, 4, 4), np.uint8), "say what it is: --layout MTHWC"),
     "no data": (lambda: np.where(np.arange(30) // 5 == 1, np.nan, 0.5)[:, None, None] * np.ones((4, 4)),
                 "no data at all (NaN) in frames 5 to 9"),
     "all NaN": (lambda: np.full((30, 4, 4), np.nan), "no data at all (NaN) in frames 0 to 4"),
     "infinity": (lambda: np.where(np.arange(30) == 29, -np.inf, 0.5)[:, None, None] * np.ones((4, 4)), "in frame 29"),
     "below": (lambda: ramp(-0.1, 1), "--normalize"),
-    "above": (lambda: ramp(0, 1.5), "from 0 to 1.5"),
     "short": (lambda: np.zeros((4, 4, 4), np.uint8), "films of 4 frames, too few for --frames-in 3 and --horizon 2"),
-    "short films": (lambda: np.zeros((50, 4, 1, 4, 4), np.uint8), "films of 4 frames"),
     "two windows": (lambda: np.zeros((10, 4, 4), np.uint8), "not one window of --frames-in 3 and --horizon 2 for"),
 }
 
@@ -394,21 +367,3 @@ def test_an_array_larger_than_memory_is_read_in_pieces(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.stdout == "242981 torch.Size([8, 20, 1, 64, 64]) 1.0\n", done.stderr
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_fuzzed_headers_are_refused_or_read(tmp_path):
-    draws = random.Random(0)
-    whole = save(tmp_path / "mine.npy", np.ones((60, 4, 6), np.uint8)).read_bytes()
-    accepted = 0
-    for _ in range(300):
-        head = bytearray(whole[:128])
-        for _ in range(draws.randrange(1, 4)):
-            head[draws.randrange(90)] = draws.choice(b"0123456789(),: <>|ufObi{}'" if draws.random() < 0.7 else range(256))
-        (tmp_path / "mine.npy").write_bytes(bytes(head) + whole[128:])
-        try:
-            assert own(tmp_path / "mine.npy").train(0, 0, 2).isfinite().all()
-            accepted += 1
-        except data.DataError as error:
-            assert "mine.npy" in str(error) and "\n" not in str(error)
-    assert 0 < accepted < 150
