@@ -386,7 +386,7 @@ def test_time_steps_and_folders_of_folders_get_the_line_that_makes_an_array(tmp_
     ("a.png", "numpy.stack([imageio.v3.imread(f) for f in sorted(pathlib.Path('{folder}').glob('*.png'))]))"),
     ("films/a.tif", "numpy.save('films.npy', numpy.stack([tifffile.imread(f) for f in sorted(pathlib.Path('{folder}/films')"
                     ".glob('*.tif'))]))"),
-    ("words.txt", "words.txt is no .npy, .npz or folder of .npy files: numpy.save(")])
+    ("words.txt", "words.txt is no .npy or .npz file and no folder of .npy files: numpy.save(")])
 def test_files_of_other_kinds_are_refused_with_the_python_that_makes_an_array(tmp_path, name, line):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
