@@ -365,7 +365,7 @@ def test_time_steps_and_folders_of_folders_get_the_line_that_makes_an_array(tmp_
             save(tmp_path / name / f"{k:02}.npy", numbered(30)[k])
     with pytest.raises(data.DataError, match=r"00.*has shape \(4, 6\).*make a film: numpy.stack\(\[numpy.load\(f\) for f in"):
         opened(tmp_path / "steps", tmp_path)
-    with pytest.raises(data.DataError, match="clips has no .npy files; one array of each folder in it") as error:
+    with pytest.raises(data.DataError, match="clips has no .npy files; make an array of each folder in it") as error:
         opened(tmp_path / "clips", tmp_path)
     code = str(error.value).split("for images): ")[1].split("; ", 1)[1]
     exec(code.replace("films.npz", str(tmp_path / "films.npz")), {"numpy": np, "pathlib": __import__("pathlib")})

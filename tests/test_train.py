@@ -359,7 +359,7 @@ def test_the_first_line_comes_within_ten_seconds(capsys, monkeypatch):
     ("convlstm --init none", "no such run"), 
     ("--eval none --lr 1", "--lr does not go with --eval, which takes --data"),
     ("--resume none --batch 3", "--batch does not go"), ("--figures none --quick", "--quick does not go"),
-    ("convlstm --eval a", "no MODEL: convlstm is too much"), ("--predict a film.npy", "--data FILE"),
+    ("convlstm --eval a", "no MODEL: remove convlstm"), ("--predict a film.npy", "--data FILE"),
     ("--predict a", "--data X"), ("convlstm", "--device cpu"), ("convlstm --device cuda:1", "--quick")])
 def test_what_is_mistaken_is_said_in_one_line(arguments, answer, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
