@@ -200,7 +200,7 @@ class CMSLSTM(nn.Module):
         """One time step: tokens (B, p²C, H/p, W/p) of a frame, [(h, c) or (h, c, m) per layer] -> of the next."""
         h, new_state = self.embed(x), []
         for cell, before in zip(self.cells, state):
-            if isinstance(cell, PredRNNCell):                     # M is from below; at the bottom, from the last top
+            if isinstance(cell, PredRNNCell):                     # M: from the layer below, or the top one a step ago
                 before = (*before[:2], (new_state or state)[-1][2])
             new_state.append(cell(h, *before))
             h = new_state[-1][0]
@@ -260,7 +260,7 @@ MAPS = [("ce_input", "ce", ce_input, ["X before CE", "X after CE"]),
 
 
 # Transplants (Table 3): CE and SE around two other cells. They are a reading of Eq. 5: the paper has no equations for
-# them, and their code was never released. Their gates are 3×3 like those above, so that the rows of the table compare.
+# them, and their code was never released. Their gates are 3×3 like those above, so that the rows are comparable.
 
 
 class PredRNNCell(nn.Module):

@@ -104,7 +104,7 @@ class SAConvLSTMCell(nn.Module):
         super().__init__()
         self.attend_x = SelfAttention(inputs) if variant == "base" else None
         self.attend_h = SelfAttention(hidden) if variant == "base" else None
-        self.x2h = conv(inputs, 4 * hidden, kernel, size, norm)   # W_x* and b_*, for i, f, g (W_xc there), o
+        self.x2h = conv(inputs, 4 * hidden, kernel, size, norm)   # W_x* and b_*, for i, f, g (its W_xc), o
         self.h2h = conv(hidden, 4 * hidden, kernel, size, norm)   # W_h*
         self.norm_c = nn.LayerNorm([hidden, *size]) if norm else nn.Identity()
         self.forget_offset = 1.0 if norm else 0.0                 # released code only: cells start by remembering
@@ -228,8 +228,8 @@ VARIANTS = {
     "convlstm": "the plain ConvLSTM",
 }
 DEFAULT_SETUP = "patch4"
-# patch4: frames in 4×4 patches, LayerNorm. The paper gives neither patch nor gate kernel; these, and what it leaves out
-# of its training, are PredRNN's code's. fullres: the MS-LSTM paper's, which does not test this model: no patches, no
+# patch4: frames in 4×4 patches, LayerNorm. The paper gives neither patch nor gate kernel; both, and what it leaves out
+# of its training, are from PredRNN's code. fullres: the MS-LSTM paper's, which does not test this model: no patches, no
 # LayerNorm. Every pixel then attends to every pixel, and a fresh layer passes on about a hundredth of its input: six
 # layers take about a thousand iterations before the input shows in the output.
 NETWORK = {
