@@ -59,6 +59,7 @@ def empty_folder(tmp_path, monkeypatch):
     """The test starts in an empty folder; what a run that was stopped keeps of the signals is given back."""
     monkeypatch.chdir(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)                  # where the tests run under nohup
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
