@@ -95,11 +95,11 @@ def test_a_validation_part_is_taken(tmp_path, name):
 def test_a_line_says_how_an_array_was_read(tmp_path):
     clips = opened(save(tmp_path / "film.npy", numbered(200)), tmp_path)
     assert clips.info()["notes"] == [
-        f"{tmp_path}/film.npy: NHW, 1 films of 200 frames, 1 channels of 4×6, uint8 from 0 to 199, scale 0.0 to 255.0, "
+        f"{tmp_path}/film.npy: NHW, 1 film(s) of 200 frames, 1 channel(s) of 4×6, uint8 from 0 to 199, scale 0.0 to 255.0, "
         f"windows of 3 + 2: 158 train, 7 valid, 8 test"]
     films = np.random.default_rng(0).random((8, 7, 2, 4, 6), dtype=np.float32).clip(0.25, 0.75)
     line, = opened(save(tmp_path / "films.npy", films), tmp_path).notes
-    assert ("MTCHW, 8 films of 7 frames, 2 channels of 4×6, float32 from 0.25 to 0.75, scale 0.0 to 1.0, windows of "
+    assert ("MTCHW, 8 film(s) of 7 frames, 2 channel(s) of 4×6, float32 from 0.25 to 0.75, scale 0.0 to 1.0, windows of "
             "3 + 2: 18 train, 2 valid, 2 test") in line
 
 
@@ -197,7 +197,7 @@ def test_a_window_without_any_data_is_refused_and_the_way_out_works(tmp_path):
         opened(save(tmp_path / "film.npy", array), tmp_path)
     np.savez(tmp_path / "film.npz", array[:20], array[25:])
     clips = opened(tmp_path / "film.npz", tmp_path)
-    assert not clips.masked and "2 films of 20 to 75 frames" in clips.notes[0]
+    assert not clips.masked and "2 film(s) of 20 to 75 frames" in clips.notes[0]
 
 
 @pytest.mark.parametrize("code", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "?", ">i2", ">u2", ">i4", ">u4",
@@ -343,7 +343,7 @@ def test_films_of_unequal_length(tmp_path, form):
     assert windows("test") == whole(5, 2)                               # the last tenth of the frames, as whole films
     assert windows("valid") == whole(4, 2)                              # of the 49 frames before, the last 5
     assert windows("train") == whole(0, 1) + whole(2, 1) + whole(3, 1)
-    assert "6 films of 3 to 20 frames" in clips.notes[0] and "1 of 6 films are shorter than a window" in clips.notes[1]
+    assert "6 film(s) of 3 to 20 frames" in clips.notes[0] and "1 of 6 films are shorter than a window" in clips.notes[1]
     found = films_of(path, {**INFO, "scale": [0, 1000]})
     assert (found.as_file(found.test(0, 6)) == np.stack([film[-3:] for film in films])).all()
 
