@@ -29,6 +29,10 @@ def arguments(command):
     return words[words.index("train.py") + 1:]
 
 
+def test_says_when_a_step_is_compiled():
+    assert f"at least {train.COMPILE_FROM:,} iterations" in README
+
+
 def test_is_short():
     assert len(README.splitlines()) <= 130 and len(README.split()) <= 1200
 
