@@ -177,7 +177,7 @@ def test_refuses_frames_that_it_cannot_read(name, setup, variant):
 
 @pytest.mark.parametrize("name, setup, variant", CASES)
 def test_maps(name, setup, variant):
-    module, model, frames = importlib.import_module(name), small(name, setup, variant), torch.rand(2, 3, 1, 16, 16)
+    model, frames = small(name, setup, variant), torch.rand(2, 3, 1, 16, 16)
     plain = model(frames, horizon=1)
     pictures = train.maps(model, frames, horizon=1, point=(9, 14))
     assert "layers" in pictures and "attention" not in train.maps(model, frames, horizon=1)

@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import shutil
-import time
 
 import numpy as np
 import pytest

@@ -5,7 +5,6 @@ import fcntl
 import gzip
 import io
 import os
-import random
 import signal
 import socketserver
 import subprocess
