@@ -120,6 +120,11 @@ def data_refused(opened, folder, *texts):
     return str(error.value)
 
 
+def log_of(folder):
+    """The rows of a run's log.csv, as text."""
+    return [line.split(",") for line in Path(folder, "log.csv").read_text().splitlines()[1:]]
+
+
 def run(*arguments):
     """train.py in this process: its exit status."""
     import train

@@ -278,8 +278,8 @@ def test_maps():
     model = CMSLSTM(size=(16, 32), hidden=8, layers=2, channels=2)
     frames = torch.rand(2, 4, 2, 16, 32)
     pictures = maps(model, frames, horizon=2)
-    assert set(pictures) == {"layers", "ce_input"}
-    for layers in pictures.values():
+    assert set(pictures) == {"layers", "ce_input", "attention"}
+    for layers in (pictures["layers"], pictures["ce_input"]):
         assert [w.shape for layer in layers for w in layer.values()] == len(layers[0]) * 2 * [(2, 5, 8, 4, 8)]
     before, after = zip(*(layer.values() for layer in pictures["ce_input"]))
     embedded = model.embed(torch.nn.functional.pixel_unshuffle(frames[:, 1], 4))

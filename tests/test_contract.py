@@ -180,7 +180,7 @@ def test_maps(name, setup, variant):
     model, frames = small(name, setup, variant), torch.rand(2, 3, 1, 16, 16)
     plain = model(frames, horizon=1)
     pictures = train.maps(model, frames, horizon=1, point=(9, 14))
-    assert "layers" in pictures and "attention" not in train.maps(model, frames, horizon=1)
+    assert "layers" in pictures
     for picture, layers in pictures.items():
         assert len(layers) == 4
         for values in layers:

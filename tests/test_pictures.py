@@ -308,13 +308,6 @@ def test_the_best_the_median_and_the_worst_sequence_are_different_ones_or_fewer(
         metrics.ranked(scored([[no, no]], [[0, 0]]))
 
 
-def test_attention_is_queried_in_the_brightest_spot_and_the_emptiest_area():
-    frame = torch.full((1, 64, 64), 0.5)
-    frame[0, 10:15, 40:45] = 1
-    frame[0, 30:47, 5:22] = 0
-    assert metrics.query_points(frame) == [(12, 42), (38, 13)]
-
-
 @pytest.mark.parametrize("steps, drawn", [(5, [0, 1, 2, 3, 4]), (19, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18])])
 def test_model_sheets_draw_maps_step_by_step(steps, drawn):
     reads, point = torch.rand(steps, 1, 32, 32), (20, 9)

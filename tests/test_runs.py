@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FILM, run, start
+from conftest import FILM, log_of, run, start
 from conftest import command_refused as refused
 
 import data
@@ -25,7 +25,7 @@ TINY = ["convlstm", *FILM, *"--iterations 13 --eval-every 8 --save-every 3 --nam
 def assert_same(a, b):
     """What must not depend on interruptions: weights, optimiser, the log less its seconds, the results."""
     ends = [train.open_run(Path("runs", name)) for name in (a, b)]
-    logs = [[row[:4] for row in train.read_log(run.folder / "log.csv")] for run in ends]
+    logs = [[row[:4] for row in log_of(run.folder)] for run in ends]
     results = [(run.folder / "results.json").read_text() for run in ends]
     assert ends[0].iteration == ends[1].iteration and logs[0] == logs[1] and len(logs[0]) and results[0] == results[1]
     for x, y in zip(*(run.model.state_dict().values() for run in ends)):
@@ -64,16 +64,16 @@ def test_stopped_by_a_signal_that_comes_twice(name, status, monkeypatch, capsys)
 
 def test_another_ctrl_c_a_second_later_does_not_wait(monkeypatch):
     now = time.monotonic()
-    with train.Stop() as stop:
+    with train.noted_signals() as noted:
         signal.raise_signal(signal.SIGINT)
-        assert stop.signum == signal.SIGINT
+        assert noted[0][0] == signal.SIGINT
         monkeypatch.setattr(train.time, "monotonic", lambda: now + 2)
         signal.raise_signal(signal.SIGTERM)                       # asks again, no more
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)                  # by nohup
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with train.Stop():
+    with train.noted_signals():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL     # given back where nothing came
 
@@ -209,51 +209,22 @@ def test_data_that_changed_are_refused(change, says, film, capsys):
 
 # ------------------------------------------------------------------------------------------------------- damaged files
 
-@pytest.mark.parametrize("content", ["\n1\n", "\n1,nan,1,1,1\n", "\n1,x,1,1,1\n", "\n1.5,1,1,1,1\n", "\n\n",
-                                     "\n1,1e999,1,1,1\n", "\udcff\n"])
-def test_a_damaged_log_is_met_before_anything_is_done(content, monkeypatch, capsys):
-    assert run(*TINY, "a") == 0
-    Path("runs/a/log.csv").write_text("iteration,loss,lr,epsilon,seconds" + content, errors="surrogateescape")
-    before = everything()
-    monkeypatch.setattr(train, "predict", None)
-    for command in (["--resume", "a", "--iterations", 14], ["--eval", "a"]):
-        assert "log.csv" in refused(capsys, *command)
-    assert everything() == before
-
-
 def test_a_bit_that_flipped_is_found(capsys):
-    """In weights, settings, and the zip file's directory, where byte 38 of an entry gave memory nobody had written."""
+    """In weights, settings, and the zip file's directory, where byte 38 of an entry gave memory nobody had written;
+    and so is a byte too few or too many."""
     assert run(*TINY, "a", "--iterations", 2) == 0
     path, random = Path("runs/a/last.pt"), np.random.default_rng(0)
-    content, state = path.read_bytes(), train.open_run("runs/a").model.state_dict()
-    directory = content.index(b"PK\1\2")
-    at = [k for k in range(directory, len(content)) if content[k:k + 4] == b"PK\1\2"]
+    content = path.read_bytes()
+    at = [k for k in range(len(content)) if content[k:k + 4] == b"PK\1\2"]
     assert len(at) == len(zipfile.ZipFile(path).infolist())
-    places = [k + 38 for k in at] + [*random.integers(0, directory, 60), *random.integers(directory, len(content), 60)]
-    refusals = 0
-    for place in places:
-        changed = bytearray(content)
-        changed[place] ^= 0x10 if place - 38 in at else 1 << random.integers(8)
+    damaged = [content[:-1], content + b"\0", content[:32], b""]
+    for place in [k + 38 for k in at] + [*random.integers(0, len(content), 100)]:
+        damaged.append(bytearray(content))
+        damaged[-1][place] ^= 0x10
+    for changed in damaged:
         path.write_bytes(changed)
-        try:
-            same = train.open_run("runs/a").model.state_dict()
-            assert all(torch.equal(same[name], value) for name, value in state.items())     # what nobody reads
-        except data.DataError as error:
-            assert "last.pt" in str(error) and "\n" not in str(error)
-            refusals += 1
-    assert refusals > 60
-
-
-def test_members_twice_or_compressed_are_refused(capsys):
-    assert run(*TINY, "a", "--iterations", 2) == 0
-    path = Path("runs/a/last.pt")
-    with zipfile.ZipFile(path) as file:
-        members = [(name, file.read(name)) for name in file.namelist()]
-    largest = max(members, key=lambda member: len(member[1]))
-    for extra, kind, says in (([(largest[0], bytes(len(largest[1])))], zipfile.ZIP_STORED, "last.pt"),
-                              ([("huge", bytes(10**7))], zipfile.ZIP_DEFLATED, "compressed")):
-        with zipfile.ZipFile(path, "w", kind) as file:
-            for name, body in members + extra:
-                file.writestr(name, body)
-        for command in (["--eval", "a"], ["--resume", "a"], [*TINY, "b", "--init", "runs/a"]):
-            assert says in refused(capsys, *command)
+        with pytest.raises(data.DataError) as error:
+            train.open_run("runs/a")
+        assert "last.pt" in str(error.value) and "\n" not in str(error.value)
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["iteration"] == train.open_run("runs/a").iteration == 2
