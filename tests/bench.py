@@ -267,7 +267,8 @@ def main(argv=None):
              for name, module in modules.items()}
     if args.compile:
         return [step_of("compiled graph", name, device, batch[name])() for name in modules]
-    print(f"{train.versions(device)['device']}, torch {torch.__version__}", flush=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}", flush=True)
     if device.type == "cuda":
         compile_all(modules)
     for name in modules:

@@ -195,7 +195,7 @@ def test_nothing_to_learn_or_to_score(first, last, film, capsys):
 
 def test_odd_command_lines_are_understood_or_refused():
     """Options and values of every kind, in any number and order; nothing is started."""
-    words = [f"--{name.replace('_', '-')}" for name in vars(train.parser().parse_args([]))]
+    words = [f"--{name.replace('_', '-')}" for name in vars(train.parse(["convlstm"])[1])]
     words += [*train.MODELS, *data.DATASETS, "", "1" * 5000, "\udcff", "\x1b[31m", "a\nb",
               *"- -- --- -x --= = --nosuch -1 -1e-4 -.5 -inf nan 1e999 7 2147483648 1_0 0x10 ½ ١ %s {0}".split(),
               *"cuda:99 /dev/zero --lr=-- --data= --normalize= --quick=1 --seed=-1".split()]

@@ -457,6 +457,7 @@ def test_table_holds_the_numbers():
     }
     results["black"]["psnr"] |= {"exact": 3, "left_out": 2}
     published = [{"source": "CMS-LSTM, Table 1", "mse": 61.2, "ssim": 0.888, "params": "0.4M"},
+                 {"source": "A table by frame", "mse_frames": [0.1, 0.3], "csi": [0.341]},
                  {"source": "a paper without these", "params": "1M"}]
     text = metrics.table(results, published, precision="bf16")
     blocks = text.split("\n\n")
@@ -468,9 +469,10 @@ def test_table_holds_the_numbers():
     assert rows["all 5 predictions"][2] == "21.00"
     assert rows["black"] == ["301.00", "602.00", "903.00", "1204.00"]
     assert rows["CMS-LSTM, Table 1"] == ["61.2", "–", "–", "0.888"]
-    assert "without these" not in text
+    assert rows["A table by frame"][0] == "0.2" and "without these" not in text
     rain = [line.split() for line in blocks[1].splitlines()]
     assert rain[1] == ["frame", "CSI", "2", "|", "CSI", "2"] and rain[4] == ["2", "–", "|", "0.2500"]
+    assert rain[-1] == ["A", "table", "by", "frame", "0.341"]
     for note in ("PSNR leaves out exact frames: 3 (black)", "frames without data are left out: 2 (black)",
                  "the papers' figures are of fp32 runs; this run computed in bf16"):
         assert note in blocks[-1]

@@ -69,9 +69,9 @@ def test_own_data(empty_folder):
     small = "--device cpu --hidden 4 --layers 2 --kernel 3 --batch 2 --iterations 2".split()
     first, *others = map(arguments, OWN_DATA)
     assert run(*first, *small) == 0 and [run(*other) for other in others] == [0, 0]
-    model, config = train.load("runs/storms")
-    assert model(torch.rand(1, 10, 1, 16, 16), horizon=10).shape == (1, 19, 1, 16, 16)
-    assert config["clips"]["unit"] == "dBZ"
+    storms = train.open_run("runs/storms")
+    assert storms.model(torch.rand(1, 10, 1, 16, 16), horizon=10).shape == (1, 19, 1, 16, 16)
+    assert storms.config["clips"]["unit"] == "dBZ"
     forecast = np.load(*pathlib.Path("runs/storms").glob("predict-recent*.npy"))
     assert forecast.dtype == np.float32 and forecast.shape == (12, 16, 16) and 0 <= forecast.min() < forecast.max() <= 70
 

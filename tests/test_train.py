@@ -35,7 +35,7 @@ def config_of(*arguments):
 def forecast_of(run_folder, frames, horizon):
     """By the last weights, in code of one's own."""
     with torch.no_grad():
-        return train.load(run_folder)[0](torch.as_tensor(frames), horizon=horizon)[:, -horizon:].clamp(0, 1)
+        return train.open_run(run_folder).model(torch.as_tensor(frames), horizon=horizon)[:, -horizon:].clamp(0, 1)
 
 
 def test_a_whole_run(capsys):
