@@ -120,6 +120,12 @@ def data_refused(opened, folder, *texts):
     return str(error.value)
 
 
+def layers_of(maps, picture):
+    """What train.maps has of a picture: {label: tensor} of each layer."""
+    layers = sorted({layer for _, layer, _ in maps})
+    return [{label: x for (name, k, label), x in maps.items() if (name, k) == (picture, layer)} for layer in layers]
+
+
 def log_of(folder):
     """The rows of a run's log.csv, as text."""
     return [line.split(",") for line in Path(folder, "log.csv").read_text().splitlines()[1:]]

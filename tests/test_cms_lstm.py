@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import count_macs, count_parameters
+from conftest import count_macs, count_parameters, layers_of
 from literal import apply, arrays, conv2d, layer_norm, randomize, sigmoid, softmax
 
 from cms_lstm import (BUILT_OF, PUBLISHED, VARIANTS, CMSLSTM, CMSLSTMCell, ContextEmbedding, PredRNNCell,
@@ -212,7 +212,7 @@ def test_attention_maps_are_the_softmax(variant):
     se.register_forward_pre_hook(lambda _, both: read.append(both))
     for y, x in ((9, 39), (31, 0)):
         read.clear()
-        weights = maps(model, frames, horizon=1, point=(y, x))["attention"][1]
+        weights = layers_of(maps(model, frames, horizon=1, point=(y, x)), "attention")[1]
         assert list(weights) == [f"scale {s}, {state}" for s in se.scales for state in "HC"]
         for n, s in enumerate(se.scales):
             side_by_side = torch.cat([weights[f"scale {s}, {state}"] for state in "HC"], 3)       # (B, steps, H, 2W)
@@ -278,14 +278,15 @@ def test_maps():
     model = CMSLSTM(size=(16, 32), hidden=8, layers=2, channels=2)
     frames = torch.rand(2, 4, 2, 16, 32)
     pictures = maps(model, frames, horizon=2)
-    assert set(pictures) == {"layers", "ce_input", "attention"}
-    for layers in (pictures["layers"], pictures["ce_input"]):
+    assert {picture for picture, *_ in pictures} == {"layers", "ce_input", "attention"}
+    hidden, inputs = layers_of(pictures, "layers"), layers_of(pictures, "ce_input")
+    for layers in (hidden, inputs):
         assert [w.shape for layer in layers for w in layer.values()] == len(layers[0]) * 2 * [(2, 5, 8, 4, 8)]
-    before, after = zip(*(layer.values() for layer in pictures["ce_input"]))
+    before, after = zip(*(layer.values() for layer in inputs))
     embedded = model.embed(torch.nn.functional.pixel_unshuffle(frames[:, 1], 4))
     torch.testing.assert_close(before[0][:, 1], embedded)
-    torch.testing.assert_close(before[1], pictures["layers"][0]["H"])
-    torch.testing.assert_close(after[0][:, 1], model.cells[0].ce(embedded, pictures["layers"][0]["H"][:, 0])[0])
+    torch.testing.assert_close(before[1], hidden[0]["H"])
+    torch.testing.assert_close(after[0][:, 1], model.cells[0].ce(embedded, hidden[0]["H"][:, 0])[0])
     for variant, keys in dict(convlstm={"layers"}, no_se={"layers", "ce_input"}, no_ce={"layers", "attention"}).items():
         model = CMSLSTM(size=16, hidden=8, variant=variant)
-        assert set(maps(model, torch.rand(1, 3, 1, 16, 16), point=(8, 8))) == keys
+        assert {picture for picture, *_ in maps(model, torch.rand(1, 3, 1, 16, 16), point=(8, 8))} == keys

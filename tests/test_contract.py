@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, layers_of
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -179,18 +179,16 @@ def test_refuses_frames_that_it_cannot_read(name, setup, variant):
 def test_maps(name, setup, variant):
     model, frames = small(name, setup, variant), torch.rand(2, 3, 1, 16, 16)
     plain = model(frames, horizon=1)
-    pictures = train.maps(model, frames, horizon=1, point=(9, 14))
-    assert "layers" in pictures
-    for picture, layers in pictures.items():
-        assert len(layers) == 4
-        for values in layers:
+    maps = train.maps(model, frames, horizon=1, point=(9, 14))
+    for picture in {picture for picture, *_ in maps}:
+        for values in layers_of(maps, picture):
             shapes = {(*value.shape[:2], value.dim()) for value in values.values()}
             assert shapes == {(2, 3, 4 if picture == "attention" else 5)}
             if picture == "attention":                            # of one or more softmaxes, each of sum 1
                 total = sum(value.sum((2, 3)) for value in values.values())
                 torch.testing.assert_close(total, total.round())
     # The last layer's H are what the predictions were made from.
-    tokens = torch.stack([model.output(h) for h in pictures["layers"][-1]["H"].unbind(1)], 1)
+    tokens = torch.stack([model.output(h) for h in maps["layers", 3, "H"].unbind(1)], 1)
     torch.testing.assert_close(F.pixel_shuffle(tokens, model.patch), plain)
     with pytest.raises(RuntimeError):
         train.maps(model, frames.double())

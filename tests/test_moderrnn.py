@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import count_macs, count_parameters
+from conftest import count_macs, count_parameters, layers_of
 from literal import apply, arrays, layer_norm, randomize, sigmoid
 
 from moderrnn import DetailContextBlock, MoDeRNN, MoDeRNNCell, mean_of
@@ -104,7 +104,7 @@ def test_weight_maps(setup, size):
     model = randomize(MoDeRNN(size=16, setup=setup, hidden=4, layers=2))
     frames, block, inputs = torch.rand(2, 4, 1, 16, 16, dtype=torch.float64), model.cells[1].dcb, []
     block.register_forward_pre_hook(lambda _, both: inputs.append(both))
-    weights = maps(model, frames, horizon=2)["weights"]
+    weights = layers_of(maps(model, frames, horizon=2), "weights")
     for layer in weights:
         assert {label: w.shape for label, w in layer.items()} == dict.fromkeys(
             ("Attn_H", "Attn_X"), (2, 5, 4, size, size))
@@ -112,4 +112,5 @@ def test_weight_maps(setup, size):
     for got, want in (weights[1]["Attn_H"], attn_h), (weights[1]["Attn_X"], attn_x):
         np.testing.assert_allclose(got[1, 3].numpy(), want, atol=1e-12)
         assert 0 < want.min() and want.max() < 1
-    assert set(maps(MoDeRNN(size=16, setup=setup, variant="no_dcb"), frames.float())) == {"layers"}
+    plain = maps(MoDeRNN(size=16, setup=setup, variant="no_dcb"), frames.float())
+    assert {picture for picture, *_ in plain} == {"layers"}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import count_macs, count_parameters
+from conftest import count_macs, count_parameters, layers_of
 from literal import apply, arrays, conv2d, layer_norm, randomize, sigmoid
 from torch import nn
 
@@ -64,7 +64,7 @@ def test_pyramid_is_figure_2():
     """Six layers over two time steps, the second of which reads the first prediction."""
     model = randomize(MSLSTM(size=8, hidden=2))
     frame = torch.rand(1, 1, 1, 8, 8, dtype=torch.float64)
-    predictions, layers = model(frame, horizon=2), maps(model, frame, horizon=2)["layers"]
+    predictions, layers = model(frame, horizon=2), layers_of(maps(model, frame, horizon=2), "layers")
     w, cells = arrays(model), [arrays(cell) for cell in model.cells]
     state, x = [[np.zeros((2, s, s))] * 3 for s in (8, 4, 2, 2, 4, 8)], frame[0, 0].numpy()
     for t in range(2):
@@ -98,7 +98,7 @@ def test_depth_alone_is_convlstm(setup):
                                             (8, [0, 1, 2, 3, 3, 2, 1, 0])])
 def test_any_even_number_of_layers_mirrors(layers, depths):
     model = MSLSTM(size=(16, 24), hidden=4, layers=layers)
-    layers = maps(model, torch.rand(2, 3, 1, 16, 24))["layers"]
+    layers = layers_of(maps(model, torch.rand(2, 3, 1, 16, 24)), "layers")
     assert [layer["H"].shape for layer in layers] == [(2, 2, 4, 16 >> d, 24 >> d) for d in depths]
 
 
@@ -136,7 +136,7 @@ class ConvGRUCell(nn.Module):
 def test_a_foreign_cell_fits_in(variant, sizes):
     model = MSLSTM(size=16, hidden=4, variant=variant, cell=ConvGRUCell)
     frames = torch.rand(2, 4, 1, 16, 16)
-    assert [layer["H"].shape[-1] for layer in maps(model, frames, horizon=1)["layers"]] == sizes
+    assert [layer["H"].shape[-1] for layer in layers_of(maps(model, frames, horizon=1), "layers")] == sizes
     model(frames, horizon=1).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 

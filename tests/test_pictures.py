@@ -313,7 +313,9 @@ def test_model_sheets_draw_maps_step_by_step(steps, drawn):
     reads, point = torch.rand(steps, 1, 32, 32), (20, 9)
     layers = [{"H": torch.randint(-9, 10, (2, steps, 4, 16, 8)).float()} for _ in range(3)]
     attention = [{"Z_h": torch.rand(2, steps, 8, 8).bfloat16(), "Z_m": torch.rand(2, steps, 8, 8)} for _ in range(3)]
-    sheets = metrics.model_sheets(reads, {"layers": layers, "attention": attention}, point, "about", "title")
+    maps = {(picture, k, label): x for picture, rows in (("layers", layers), ("attention", attention))
+            for k, row in enumerate(rows) for label, x in row.items()}
+    sheets = metrics.model_sheets(reads, maps, point, "about", "title")
     assert list(sheets) == ["layers", "attention"]
     for picture, maps, numbers in (("layers", layers, (0, 1, 2)), ("attention", attention, (0, 2))):
         image = sheets[picture]
