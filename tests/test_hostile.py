@@ -4,7 +4,6 @@ line with nothing written."""
 import copy
 import functools
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FILM, run
+from conftest import FILM, rewrite, run
 from conftest import command_refused as refused
 
 import data
@@ -58,15 +57,6 @@ def hold(capsys, *arguments):
         assert status == 2 and err.startswith("train.py: ") and err.endswith("\n"), err
         assert err[:-1].isprintable() and len(err) < 1000 and tree() == before, err
     return not status
-
-
-def rewrite(change):
-    """Change a checkpoint, and save it under a valid checksum."""
-    content = torch.load(RUN / "last.pt", weights_only=True)
-    change(content)
-    file = io.BytesIO()
-    torch.save(content, file)
-    (RUN / "last.pt").write_bytes(file.getvalue() + hashlib.sha256(file.getvalue()).digest())
 
 
 # --------------------------------------------------------------------------------------------------- files of any kind
@@ -166,7 +156,7 @@ BEYOND = dict(layers=[10**5, 0, 2.5, "x"], hidden=[10**6], kernel=[2**31 - 1], p
 @pytest.mark.parametrize("name", BEYOND)
 def test_a_checkpoint_beyond_reason_with_a_valid_checksum(name, capsys):
     for value in BEYOND[name]:
-        rewrite(lambda content: (content["config"]["network"] if name in content["config"]["network"]
+        rewrite(RUN / "last.pt", lambda content: (content["config"]["network"] if name in content["config"]["network"]
                                  else content["config"]).update({name: value}))
         signal.alarm(10)
         for command in ("--eval", "--resume", "--figures"):
@@ -175,7 +165,7 @@ def test_a_checkpoint_beyond_reason_with_a_valid_checksum(name, capsys):
 
 def test_huge_weights_forecast_nothing(capsys):
     """Finite, so that no check of the weights finds them; their scores would be those of nothing."""
-    rewrite(lambda content: [tensor.fill_(1e30) for tensor in content["model"].values()])
+    rewrite(RUN / "last.pt", lambda content: [tensor.fill_(1e30) for tensor in content["model"].values()])
     before = tree()
     for command in (["--eval", RUN], ["--predict", RUN, "--data", "film.npy"], ["--figures", RUN],
                     ["--eval", RUN, "--data", "film.npy"]):
