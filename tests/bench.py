@@ -195,16 +195,15 @@ def step_of(form, name, device, batch):
     if form == "straightforward":                                 # autocast as usual: it keeps the weights that it cast
         model = Straightforward(name, model)
         model.forward = torch.autocast(device.type, torch.bfloat16, precision == "bf16")(model.forward)
-    step = train.Step(train.Run(None, config, model, device=device), config)
+    step = train.Step(train.Run(None, config, model, device=device))
     frames, mask = torch.rand(batch, 20, 1, 64, 64).to(device), torch.rand(19, batch).to(device) < 0.5
     return lambda: step(frames, mask, config["lr"])
 
 
-def measure(step, warm_up, clock=timer):
-    """Milliseconds of each of 20 calls, but of three where one takes over 100."""
+def measure(step, clock=timer):
+    """Milliseconds of each of 20 calls, but of three where one takes over 100; the first, which records, left out."""
     found = []
-    for _ in range(warm_up):
-        step()
+    step()
     while len(found) < 3 or len(found) < 20 and max(found) < 100:
         begun = clock()
         step()
@@ -242,7 +241,7 @@ def report(form, name, device, batch, profiled):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     step = step_of(form, name, device, batch)
-    times = measure(step, warm_up=4 if "graph" in form else 1)    # the third call is recorded
+    times = measure(step)
     middle = statistics.median(times)
     memory = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if device.type == "cuda" else ""
     print(f"{name}, batch {batch}, {form}: {middle:.2f} ms ({min(times):.2f} – {max(times):.2f}), "

@@ -37,7 +37,7 @@ def test_slow_steps_are_repeated_three_times(seconds, calls):
         now[0] += seconds if len(called) else 10                      # the first call compiles
         called.append(1)
 
-    assert bench.measure(step, 1, clock=lambda: now[0]) == pytest.approx([1e3 * seconds] * calls)
+    assert bench.measure(step, clock=lambda: now[0]) == pytest.approx([1e3 * seconds] * calls)
     assert len(called) == 1 + calls
 
 
@@ -53,7 +53,7 @@ def test_lines(capsys, monkeypatch):
     module, made, said = train.model_file("ms_lstm"), [], []
     monkeypatch.setitem(module.NETWORK, "fullres", dict(patch=4, layers=2, hidden=4, kernel=3))
 
-    def measured(step, warm_up):
+    def measured(step):
         said.append(capsys.readouterr().out)
         made.append(step())
         return [250.0, 500.0, 2000.0]

@@ -149,7 +149,7 @@ def test_results_that_were_edited(capsys):
 # ------------------------------------------------------------------------------------------------------- beyond reason
 
 BEYOND = dict(layers=[10**5, 0, 2.5, "x"], hidden=[10**6], kernel=[2**31 - 1], patch=[2**31], channels=[10**7],
-              size=[[10**6, 10**6], [16], [0, 0]], batch=[0], frames_in=[10**9], horizon=[-1],
+              size=[[10**6, 10**6], [16], [0, 0]], batch=[0, 2**31 - 1], frames_in=[10**9], horizon=[-1],
               model=["os", "../x"], setup=["x"], variant=["x"], clips=[{}], data=["none.npy"])
 
 

@@ -38,7 +38,7 @@ def new_step(model, device=CPU, iteration=0, **config):
     """A Step of a run that stands at this iteration."""
     config = dict(batch=2, precision="fp32", loss="l2", optimizer="adam", lr=1e-3, weight_decay=0.0, reverse=True,
                   frames_in=3, horizon=1, seed=0, schedule=10, iterations=10, recompute=False, eager=False) | config
-    return train.Step(train.Run(None, config, model, None, device, iteration), config)
+    return train.Step(train.Run(None, config, model, None, device, iteration))
 
 
 def batches(size=2, device=CPU, missing=False):
