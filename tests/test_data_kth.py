@@ -91,7 +91,8 @@ def test_fullres_takes_three_actions_and_ten_frames(folder):
 def test_films_that_cannot_be_read_are_skipped_named_and_counted(folder):
     whole = (folder / "boxing" / "person01_boxing_d1_uncomp.avi").read_bytes()
     for name, content in (("person03_boxing_d1_uncomp.avi", b""), ("person04_boxing_d1_uncomp.avi", b"RIFF...."),
-                          ("person05_boxing_d1_uncomp.avi", whole[:2000]), ("unnamed.avi", whole), ("._person01_boxing_d1_uncomp.avi", b"of a Mac"),
+                          ("person05_boxing_d1_uncomp.avi", whole[:2000]), ("unnamed.avi", whole),
+                          ("._person01_boxing_d1_uncomp.avi", b"of a Mac"),
                           ("person06_boxing_d1_uncomp.avi", whole)):
         (folder / "boxing" / name).write_bytes(content)
     write_film(folder / "walking" / "person02_walking_d1_uncomp.avi", 45)

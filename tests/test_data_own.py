@@ -133,7 +133,7 @@ def axes(*shape):
 
 def test_what_a_shape_says_is_not_asked_for(tmp_path):
     for shape, layout in (((40, 8, 9), "NHW"), ((40, 3, 8, 9), "NCHW"), ((40, 8, 9, 1), "NHWC"), ((8, 4, 32, 32), "NCHW"),
-                          ((4, 5, 2, 8, 9), "MTCHW"), ((4, 5, 3, 8, 3), "MTCHW"),                           ((20, 10_000, 64, 64), "TMHW")):
+                          ((4, 5, 2, 8, 9), "MTCHW"), ((4, 5, 3, 8, 3), "MTCHW"), ((20, 10_000, 64, 64), "TMHW")):
         assert axes(*shape) == layout
     assert data.axes_of((20, 50, 64, 64), None, tmp_path / "mnist_test_seq.npy") == "TMHW"
 

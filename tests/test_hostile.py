@@ -103,7 +103,8 @@ def foreign():
 
 @pytest.mark.parametrize("name, command", [
     ("runs/a/last.pt", "--eval runs/a"), ("runs/a/last.pt", "--resume runs/a --iterations 3"),
-    ("runs/a/last.pt", "convlstm --init runs/a"), ("runs/a/results.json", "--figures runs/a"), ("own.npy", "convlstm --data own.npy"),
+    ("runs/a/last.pt", "convlstm --init runs/a"), ("runs/a/results.json", "--figures runs/a"),
+    ("own.npy", "convlstm --data own.npy"),
     ("own.npy", "--predict runs/a --data own.npy"), ("own.npz", "--eval runs/a --data own.npz"),
     ("own.npz", "convlstm --data own.npz")])
 def test_a_mutated_file_works_or_is_refused(name, command, film, capsys):
