@@ -182,6 +182,13 @@ def test_nothing_to_learn_or_to_score(first, last, film, capsys):
     assert not hold(capsys, *TINY, "b", "--data", "none.npy")
 
 
+def test_a_validation_without_data_is_left_out(film, capsys):
+    film[165:167] = np.nan                                        # what follows the frames that its one window reads
+    np.save("film.npy", film)
+    assert hold(capsys, *TINY, "b")
+    assert json.loads(Path("runs/b/results.json").read_text())["validation"] == []
+
+
 # ------------------------------------------------------------------------------------------------------- command lines
 
 def test_odd_command_lines_are_understood_or_refused():

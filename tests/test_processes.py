@@ -20,7 +20,7 @@ from conftest import FILM, ROOT
 
 import train
 
-SETTINGS = [*FILM, *"--batch 5 --iterations 20 --eval-every 10 --save-every 7 --name".split()]     # 3 + 2, 2 + 2 + 1
+SETTINGS = [*FILM, *"--batch 5 --iterations 20 --eval-every 10 --save-every 7 --name".split()]     # 2 + 3, 1 + 2 + 2
 pytestmark = pytest.mark.usefixtures("film")
 
 
@@ -118,10 +118,11 @@ def test_a_signal_to_one_saves_and_stops_all():
     assert f"stopped at iteration {train.open_run('runs/a').iteration}, saved; continue with: " in said
 
 
-def test_a_batch_has_a_sequence_for_every_process(monkeypatch, capsys):
+def test_what_several_processes_cannot_do_is_said(monkeypatch, capsys):
     monkeypatch.setattr(train, "PROCESSES", 2)
     monkeypatch.setattr(train, "maximum", lambda *number: 0)
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    assert "without torchrun" in conftest.command_refused(capsys, "--eval", "runs/a")
     assert "a batch of 1" in conftest.command_refused(capsys, "convlstm", *SETTINGS, "a", "--batch", 1)
     assert not Path("runs").exists()
 
