@@ -377,7 +377,7 @@ def assert_close(a, b, start):
 
 
 @needs_cuda
-@pytest.mark.parametrize("precision, recompute", [("fp32", False), ("bf16", False), ("bf16", True)])
+@pytest.mark.parametrize("precision, recompute", [("fp32", False), ("tf32", False), ("bf16", False), ("bf16", True)])
 @pytest.mark.parametrize("form, name, variant, setup", [("graph", *case) for case in EVERY] + [
     ("compiled", name, "full", setup) for name, setup in SETUPS.items()])
 def test_cuda_a_graph_is_the_eager_step(form, name, variant, setup, precision, recompute, capsys):

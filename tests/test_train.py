@@ -353,7 +353,7 @@ def test_the_first_line_comes_within_ten_seconds(capsys, monkeypatch):
     ("convlstm --thresholds nan", "--thresholds"), ("convlstm --data typhoon --box inf 1 2 3", "--box"),
     ("convlstm --learning-rate 1", "--lr?"), ("convlstm --normalize -1e-4", "LOW and HIGH"),
     ("convlstm --quick --kernel 4", "odd"), ("convlstm --quick --patch 7", "64×64"),
-    ("convlstm --device tpu --data film.npy", "cuda"), ("convlstm --precision tf32", "bf16"),
+    ("convlstm --device tpu --data film.npy", "cuda"), ("convlstm --precision fp16", "bf16"),
     ("convlstm --quick --device cpu --name ../x", "../x"), ("convlstm --quick --device cpu --out /proc/x", "/proc/x"),
     ("convlstm --init none", "folder of a run"),
     ("--eval none --lr 1", "--lr does not go with --eval, which takes --data"),
