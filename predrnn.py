@@ -249,6 +249,6 @@ if __name__ == "__main__":
         for variant, meaning in VARIANTS.items():
             with torch.device("meta"), FlopCounterMode(display=False) as counter:     # on "meta" nothing is computed
                 model = MODEL(setup=setup, variant=variant)
-                model(torch.empty(1, 2, 1, 64, 64), with_loss=True)# one of the 19 steps of 20 frames; all cost the same
+                model(torch.empty(1, 2, 1, 64, 64), with_loss=True)  # one of 19 steps of 20 frames; all cost the same
             parameters, macs = sum(p.numel() for p in model.parameters()), 19 * counter.get_total_flops() / 2e9
             print(f"{setup:8} {variant:18} {parameters:>10,} parameters {macs:7.1f}G multiply-accumulates   {meaning}")

@@ -341,7 +341,7 @@ def test_the_first_line_comes_within_ten_seconds(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, answer", [
-    ("", "give a MODEL"), ("--eval a --resume b", "one of --eval"), 
+    ("", "give a MODEL"), ("--eval a --resume b", "one of --eval"),
     ("ConvLSTM", "did you mean convlstm?"), ("convlstm.py", "did you mean convlstm?"),
     ("predrnn_v2", "predrnn --variant v2"), ("convlstm --variant peepole", "did you mean peephole?"),
     ("convlstm --data KTH", "did you mean kth?"), ("convlstm --data none.npy", "--data none.npy"),
